@@ -1,0 +1,1 @@
+"""HeartBeat benchmarks: latency per condition set, kernels, quality beside speed."""

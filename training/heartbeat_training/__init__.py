@@ -1,0 +1,1 @@
+"""HeartBeat training: phantom, data, stages, loop, checkpoints, evaluation."""
