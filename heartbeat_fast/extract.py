@@ -1,0 +1,152 @@
+"""Conditions from pictures and labels: ONE code for training data and for use.
+
+Legend: F frames, H rows, W columns. Lengths are given at 256 pixels and scale with the image.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heartbeat_fast.conditions import NUM_LABELS, SIZE
+from heartbeat_fast.errors import optional
+
+Float = NDArray[np.float32]
+LV, LA = 1, 3
+
+
+def sketch(image: NDArray[Any]) -> Float:
+    """Soft edge map of one image: the outlines a hand would draw, not the speckle.
+
+    Gradient of the Gaussian-smoothed image (sigma 3 pixels at 256, more than a speckle grain),
+    thinned to its ridges, over its own 99th percentile. The sector's outline is part of it.
+
+    Args:
+        image: (H,W), uint8 or float in [0,1].
+
+    Returns:
+        (H,W) float32 in [0,1].
+    """
+    cv2 = _cv2()
+    grey = _unit(image)
+    scale = max(grey.shape) / SIZE
+    smooth = cv2.GaussianBlur(grey, (0, 0), 3.0 * scale)
+    dx, dy = cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)
+    edges = np.asarray(cv2.magnitude(dx, dy), np.float32)
+    top = float(np.percentile(edges, 99))
+    return np.clip(edges / top, 0, 1) if top > 1e-6 else np.zeros_like(edges)
+
+
+def one_hot(labels: NDArray[Any]) -> Float:
+    """Labels (F,H,W) in 0..3 as one-hot (F,4,H,W) float32."""
+    classes = np.arange(NUM_LABELS)[:, None, None]
+    out: Float = (labels[:, None] == classes).astype(np.float32)
+    return out
+
+
+def skeleton_from_labels(labels: NDArray[Any]) -> Float:
+    """The mitral valve as a line from hinge to hinge along the border of LV and LA.
+
+    Args:
+        labels: (F,H,W), 1 LV cavity, 3 left atrium. The two may miss each other by a few pixels.
+
+    Returns:
+        (F,H,W) float32 in [0,1], the line about 2 pixels wide; zero where LV or LA is missing.
+    """
+    cv2 = _cv2()
+    out = np.zeros(labels.shape, np.uint8)
+    for frame, canvas in zip(labels, out, strict=True):
+        line = _leaflet_line(frame)
+        if line is not None:
+            points = np.rint(line * 16).astype(np.int32)[:, None]  # 4 fractional bits
+            cv2.polylines(canvas, [points], False, 255, 2, cv2.LINE_AA, 4)
+    return out.astype(np.float32) / np.float32(255)
+
+
+def _leaflet_line(labels: NDArray[Any]) -> Float | None:
+    """Points (N,2) as (column, row) along the LV-LA border, first and last the hinges."""
+    cv2 = _cv2()
+    gap = 4.0 * max(labels.shape) / SIZE
+    parts = [_largest_part(labels == label) for label in (LV, LA)]
+    if not all(part.any() for part in parts):
+        return None
+    to_lv, to_la = (cv2.distanceTransform(1 - part, cv2.DIST_L2, 3) for part in parts)
+    rows, columns = np.nonzero((to_lv <= gap) & (to_la <= gap))
+    if len(rows) < 3 * gap:
+        return None
+    # The border is a function over its own principal axis: mean height in bins of one pixel.
+    points = np.stack([columns, rows], 1).astype(np.float32)
+    centre = points.mean(0)
+    axes = np.linalg.svd(points - centre, full_matrices=False)[2]
+    along, across = ((points - centre) @ axes.T).T
+    # Both ends overhang the true contact by about the gap; the cut leaves the border itself.
+    first, last = along.min() + gap * 0.75, along.max() - gap * 0.75
+    bins = max(int((last - first) / 2), 2)
+    index = np.clip(((along - first) / (last - first) * bins).astype(int), 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    height = np.bincount(index, across, bins)[count > 0] / count[count > 0]
+    position = (first + (np.arange(bins) + 0.5) * (last - first) / bins)[count > 0]
+    return (centre + np.stack([position, height], 1) @ axes).astype(np.float32)
+
+
+def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The largest connected region: a stray label pixel must not move a hinge."""
+    count, parts, stats, _ = _cv2().connectedComponentsWithStats(mask.astype(np.uint8))
+    if count < 2:
+        return np.zeros(mask.shape, np.uint8)
+    return (parts == 1 + int(np.argmax(stats[1:, 4]))).astype(np.uint8)
+
+
+def skeleton_from_leaflets(mask: NDArray[Any]) -> Float:
+    """Hand-drawn leaflets thinned to their centre lines (Zhang & Suen, CACM 27(3), 1984).
+
+    Args:
+        mask: (H,W) or (F,H,W), non-zero inside the leaflets.
+
+    Returns:
+        Same shape, float32 0/1, lines one pixel wide; each piece of the mask keeps a line.
+    """
+    morphology = optional("skimage.morphology", "formats")
+    frames = mask[None] if mask.ndim == 2 else mask
+    thin = [morphology.skeletonize(frame != 0, method="zhang") for frame in frames]
+    return np.stack(thin).astype(np.float32).reshape(mask.shape)
+
+
+def flow(frames: NDArray[Any]) -> Float:
+    """Smooth tissue motion by dense inverse search (Kroeger et al., ECCV 2016).
+
+    Args:
+        frames: (F,H,W), uint8 or float in [0,1].
+
+    Returns:
+        (F,2,H,W) float32, pixels per frame along columns and rows, frame t to t+1; the last frame
+        is zero, and so is everything where there is no signal.
+    """
+    cv2 = _cv2()
+    scale = max(frames.shape[1:]) / SIZE
+    smooth = [cv2.GaussianBlur(_bytes(frame), (0, 0), 1.5 * scale) for frame in frames]
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    out = np.zeros((frames.shape[0], 2, *frames.shape[1:]), np.float32)
+    for t in range(len(frames) - 1):
+        motion = search.calc(smooth[t], smooth[t + 1], None)
+        # Normalised blur: motion is averaged over tissue, never over the black outside.
+        weight = (cv2.GaussianBlur(_unit(frames[t]), (0, 0), 4 * scale) > 0.04).astype(np.float32)
+        total = cv2.GaussianBlur(weight, (0, 0), 6 * scale) + 1e-6
+        blurred = cv2.GaussianBlur(motion * weight[..., None], (0, 0), 6 * scale)
+        out[t] = (blurred / total[..., None] * weight[..., None]).transpose(2, 0, 1)
+    return out
+
+
+def _unit(image: NDArray[Any]) -> Float:
+    unit: Float = image.astype(np.float32)
+    return unit / np.float32(255) if image.dtype == np.uint8 else unit
+
+
+def _bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
+    if image.dtype == np.uint8:
+        return image
+    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+
+
+def _cv2() -> Any:
+    return optional("cv2", "media")
