@@ -1,0 +1,1 @@
+"""HeartBeat export: graphs, ONNX, sampler tables, parity, fingerprints."""
