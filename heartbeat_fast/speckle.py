@@ -91,10 +91,9 @@ def texture(
             out[1:] = out[0]
             break
         if t + 1 < frames:
-            nearest = (
-                np.rint(y).astype(np.int32).clip(0, size - 1) * size
-                + np.rint(x).astype(np.int32).clip(0, size - 1)
-            )
+            nearest = np.rint(y).astype(np.int32).clip(0, size - 1) * size + np.rint(x).astype(
+                np.int32
+            ).clip(0, size - 1)
             x = x + flow[t, 0].reshape(-1)[nearest]
             y = y + flow[t, 1].reshape(-1)[nearest]
     return out
