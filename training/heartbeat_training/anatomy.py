@@ -246,8 +246,10 @@ class Geometry:
         epicardium by a quarter of it (the wall thickens), both fading outside.
         """
         heart, s, n = self.heart, self.s, self.n
-        along = 0.30 * heart.ef
-        inward = 1 - sqrt((1 - heart.ef) / (1 - along))
+        # the blur below costs 3.5 % of the stroke, measured over 12 anatomies: asked for in advance
+        ef = min(1.035 * heart.ef, 0.85)
+        along = 0.30 * ef
+        inward = 1 - sqrt((1 - ef) / (1 - along))
         toward = along * np.clip(heart.length - s, 0, heart.length)
         toward = toward * np.exp(-np.clip(-s, 0, None) / (heart.atrium * 0.55))
         toward = toward * np.exp(-((n / (heart.depth * 0.45)) ** 2))

@@ -208,3 +208,15 @@ def at_nearest(image: NDArray[Any], x: Map, y: Map) -> NDArray[Any]:
     col = np.clip(np.rint(x), 0, width - 1).astype(np.int32)
     row = np.clip(np.rint(y), 0, height - 1).astype(np.int32)
     return np.asarray(image.reshape(-1)[row * width + col])
+
+
+def render_pair(
+    seed: int, frames: int, size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """One anatomy under two independent speckles: frames A, frames B, and B's field."""
+    geometry = Geometry(sample_anatomy(seed), size)
+    motion = move(geometry, frames)
+    a, _ = render(geometry, motion, 1)
+    b, field = render(geometry, motion, 2, noise=True)
+    assert field is not None
+    return a, b, field

@@ -1,0 +1,153 @@
+"""Codecs: frames ↔ latents at an eighth of the size.
+
+`EchoCodec` is ours and small. Its latents hold anatomy and brightness only; speckle is made by the
+decoder from texture noise that travels with the tissue (heartbeat_fast/speckle.py). L1 alone would
+blur speckle away, because the latents cannot say which grain is where; a decoder that is told the
+scatterers can. `KLCodec` is Stable Diffusion's. Legend: N frames, C channels, H W pixels, h w latents.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heartbeat_fast.models.config import CodecConfig
+
+Codec = nn.Module  # with encode (N,1,H,W) → (N,C,h,w) and decode (latents, noise) → (N,1,H,W)
+
+
+class SupportsCodec(Protocol):
+    """What a codec offers; frames in [0, 1], latents of unit deviation, noise (N, 2, H, W)."""
+
+    def encode(self, frames: Tensor) -> Tensor: ...
+
+    def decode(self, z: Tensor, noise: Tensor) -> Tensor: ...
+
+
+def build_codec(config: CodecConfig) -> Codec:
+    """The codec that a config names."""
+    return EchoCodec(config) if config.kind == "echo" else KLCodec(config)
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(x))): 3×3, no norm, so that brightness passes through unchanged."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class EchoEncoder(nn.Module):
+    """(N, 1, H, W) → raw latents (N, C, H/8, W/8)."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        fine, mid, coarse = config.widths
+        self.inside = nn.Conv2d(4, fine, 3, padding=1)  # on 2×2 blocks: half the size, no pixel lost
+        self.down1 = nn.Conv2d(fine, mid, 4, stride=2, padding=1)
+        self.mid = Residual(mid)
+        self.down2 = nn.Conv2d(mid, coarse, 4, stride=2, padding=1)
+        self.coarse = nn.Sequential(Residual(coarse), Residual(coarse))
+        self.out = nn.Conv2d(coarse, config.latent_channels, 3, padding=1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = F.relu(self.inside(F.pixel_unshuffle(frames, 2)))
+        x = self.mid(F.relu(self.down1(x)))
+        return self.out(F.relu(self.coarse(self.down2(x))))
+
+
+class EchoDecoder(nn.Module):
+    """Raw latents (N, C, h, w) and noise (N, 2, 8h, 8w) → grey frames (N, 1, 8h, 8w).
+
+    The point spread of a phased array is a blur of 2–9 pixels that widens with depth, and speckle is
+    the modulus of the blurred field: linear convolutions see the noise at an eighth, a quarter and
+    half the size, then bend. The last layer adds log-modulus and log-brightness: grey is logarithmic.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        fine, mid, coarse = config.widths
+        self.inside = nn.Conv2d(config.latent_channels + 2, coarse, 3, padding=1)
+        self.coarse = Residual(coarse)
+        self.up1 = nn.Conv2d(coarse, mid * 4, 1)
+        self.mid = Residual(mid)
+        self.up2 = nn.Conv2d(mid, fine * 4, 1)
+        self.spread = nn.Conv2d(8, fine, 5, padding=2)  # 10 pixels wide: the far field's beam
+        self.fine1 = nn.Conv2d(2 * fine, fine, 3, padding=1)
+        self.fine2 = nn.Conv2d(fine, fine, 3, padding=1)
+        self.out = nn.Conv2d(fine, 4, 3, padding=1)
+
+    def forward(self, z: Tensor, noise: Tensor) -> Tensor:
+        x = self.coarse(self.inside(torch.cat([z, _position(z)], 1)))
+        x = self.mid(F.pixel_shuffle(self.up1(F.relu(x)), 2))
+        x = F.pixel_shuffle(self.up2(F.relu(x)), 2)
+        grain = self.spread(F.pixel_unshuffle(noise, 2))
+        x = F.relu(self.fine1(torch.cat([x, grain], 1)))
+        x = F.relu(self.fine2(x))
+        return F.pixel_shuffle(self.out(x), 2)
+
+
+def _position(z: Tensor) -> Tensor:
+    """Row and column of each latent in [−1, 1], (N, 2, h, w): the point spread depends on them."""
+    rows = torch.linspace(-1, 1, z.shape[2], device=z.device, dtype=z.dtype)
+    cols = torch.linspace(-1, 1, z.shape[3], device=z.device, dtype=z.dtype)
+    grid = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
+    return grid[None].expand(z.shape[0], -1, -1, -1)
+
+
+class EchoCodec(nn.Module):
+    """Encoder, decoder and the latents' mean and deviation (set once, after training)."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.encoder, self.decoder = EchoEncoder(config), EchoDecoder(config)
+        shape = (1, config.latent_channels, 1, 1)
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("deviation", torch.ones(shape))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Grey frames (N, 1, H, W) in [0, 1] → latents (N, C, H/8, W/8), zero mean, unit deviation."""
+        return (self.encoder(frames) - self.mean) / self.deviation
+
+    def decode(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) and texture noise (N, 2, 8h, 8w) → frames (N, 1, 8h, 8w) in [0, 1]."""
+        return self.decoder(z * self.deviation + self.mean, noise).clamp(0, 1)
+
+
+class KLCodec(nn.Module):
+    """diffusers' AutoencoderKL for grey frames; it keeps its own speckle and ignores the noise."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        levels = len(config.widths)
+        self.scale = config.scale
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.widths,
+            layers_per_block=2,
+            latent_channels=config.latent_channels,
+            sample_size=512,
+            scaling_factor=config.scale,
+        )
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Grey frames (N, 1, H, W) in [0, 1] → latents (N, C, H/8, W/8): the posterior's mode."""
+        rgb = frames.expand(-1, 3, -1, -1) * 2 - 1
+        return self.vae.encode(rgb).latent_dist.mode() * self.scale
+
+    def decode(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) → grey frames (N, 1, 8h, 8w) in [0, 1]; `noise` is not used."""
+        rgb = self.vae.decode(z / self.scale).sample
+        return (rgb.mean(1, keepdim=True) / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,104 @@
+"""Training the codec: encode one speckle, decode another, told which scatterers made it.
+
+The encoder sees a frame A, the decoder gets A's latents and the scatterer field of a frame B: the same
+anatomy, other scatterers; the target is B. So the latents cannot carry grain, and the decoder learns
+to make grain from noise: plain regression, no discriminator (docs/decisions.md, 2026-11-21).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heartbeat_fast.models.codec import EchoCodec
+from heartbeat_training.phantom import render_pair
+
+LATENT_NOISE = 0.08  # of the latents' deviation: the denoiser's error, which the decoder must forgive
+
+
+class PairCache:
+    """Frames with two independent speckles and the second one's field, in memory-mapped files.
+
+    a, b: (M, H, W) uint8; noise: (M, 2, H, W) float16.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.a, self.b, self.noise = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("a", "b", "noise")
+        )
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    @staticmethod
+    def build(folder: Path, seeds: range, frames: int, size: int) -> None:
+        """Render phantoms of the given seeds into `folder`; done before → nothing to do."""
+        if (folder / "done").exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        count = len(seeds) * frames
+        open_map = np.lib.format.open_memmap
+        a = open_map(folder / "a.npy", "w+", np.uint8, (count, size, size))
+        b = open_map(folder / "b.npy", "w+", np.uint8, (count, size, size))
+        noise = open_map(folder / "noise.npy", "w+", np.float16, (count, 2, size, size))
+        for i, seed in enumerate(seeds):
+            rows = slice(i * frames, (i + 1) * frames)
+            a[rows], b[rows], noise[rows] = render_pair(seed, frames, size)
+        (folder / "done").touch()
+
+
+class CodecStage:
+    """L1 on speckle B from latents of speckle A, with a hold on the latents' scale."""
+
+    name = "codec"
+
+    def __init__(self, codec: EchoCodec, cache: PairCache, batch: int) -> None:
+        self.codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.cache, self.batch = cache, batch
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Encoder and decoder."""
+        return dict(self.codec.named_parameters())
+
+    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """L1 + a weak pull of each latent channel to zero mean and unit deviation."""
+        rows = np.sort(rng.choice(len(self.cache), self.batch, replace=False))
+        a, b, noise = self._batch(rows)
+        z = self.codec.encoder(a)
+        mean, var = z.float().mean((0, 2, 3)), z.float().var((0, 2, 3))
+        hold = (mean**2).mean() + ((var - 1) ** 2).mean()
+        jitter = LATENT_NOISE * torch.randn_like(z)
+        pred = self.codec.decoder(z + jitter, noise).float()
+        l1 = (pred - b).abs().mean()
+        # low-pass agreement: brightness and borders, which half the pixels' grain would outvote
+        low = (F.avg_pool2d(pred, 8) - F.avg_pool2d(b, 8)).abs().mean()
+        return {"loss": l1 + low + 0.01 * hold, "l1": l1, "low": low, "hold": hold}
+
+    def _batch(self, rows: NDArray[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        def grey(images: NDArray[np.uint8]) -> Tensor:
+            return torch.from_numpy(images[rows].astype(np.float32) / 255)[:, None]
+
+        noise = torch.from_numpy(self.cache.noise[rows].astype(np.float32))
+        return grey(self.cache.a), grey(self.cache.b), noise
+
+    @torch.no_grad()
+    def picture(self, step: int) -> NDArray[np.uint8]:
+        """Rows: source A, target B, decoded with B's field, decoded with fresh noise."""
+        a, b, noise = self._batch(np.arange(0, len(self.cache), max(len(self.cache) // 4, 1))[:4])
+        z = self.codec.encoder(a)
+        same = self.codec.decoder(z, noise).clamp(0, 1)
+        fresh = self.codec.decoder(z, torch.randn_like(noise)).clamp(0, 1)
+        rows = [torch.cat(list(x[:, 0]), 1) for x in (a, b, same, fresh)]
+        return (torch.cat(rows) * 255).round().byte().numpy()
+
+    @torch.no_grad()
+    def finish(self, samples: int = 256) -> None:
+        """Set the latents' mean and deviation from the first `samples` frames."""
+        frames = torch.from_numpy(self.cache.a[:samples].astype(np.float32) / 255)[:, None]
+        z = torch.cat([self.codec.encoder(part) for part in frames.split(16)])
+        self.codec.mean.copy_(z.mean((0, 2, 3), keepdim=True))
+        self.codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
