@@ -1,5 +1,6 @@
 """Files, read with limits and written whole or not at all."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from heartbeat_fast.errors import FileError
 
-LARGEST = 2**31  # bytes of a file, or of the pixels it announces
+LARGEST = 2**30  # bytes of a file, or pixels it announces
 
 
 def readable(path: str | Path) -> Path:
@@ -24,6 +25,17 @@ def readable(path: str | Path) -> Path:
     if not 0 < size <= LARGEST:
         raise FileError(f"{path}: {size} bytes; wanted 1 to {LARGEST}")
     return path
+
+
+def check_pixels(path: str | Path, *shape: int) -> None:
+    """Refuses an announced array before anything is allocated for it.
+
+    Raises:
+        FileError: empty, or more than LARGEST numbers.
+    """
+    if not 0 < math.prod(shape) <= LARGEST or min(shape) < 1:
+        size = " x ".join(map(str, shape))
+        raise FileError(f"{path}: announces {size} values; wanted 1 to {LARGEST}")
 
 
 @contextmanager

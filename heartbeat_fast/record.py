@@ -1,5 +1,6 @@
 """Record: one real or simulated clip with what is known about it, whatever file it came from."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,6 +176,12 @@ class Record:
             else _square(flow.reshape(-1, H, W), size).reshape(-1, 2, size, size) * scale,
             spacing_mm=(self.spacing_mm[0] / scale, self.spacing_mm[1] / scale),
         )
+
+
+def view_in(description: str) -> str:
+    """The view a file name or a description speaks of: "A2C", "A4C", else "unknown"."""
+    found = re.search(r"(2|4|two|four)[-_ ]?(ch|c\b)", description.lower())
+    return {"2": "A2C", "t": "A2C", "4": "A4C", "f": "A4C"}[found[1][0]] if found else "unknown"
 
 
 def _ratio(frames: int, came: int) -> float:

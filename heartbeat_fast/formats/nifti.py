@@ -1,0 +1,86 @@
+"""NIfTI in the layout of CAMUS (Leclerc et al., IEEE TMI 38(9), 2019).
+
+`patient0001_4CH_half_sequence.nii.gz`, its labels `..._gt.nii.gz` and `Info_4CH.cfg` beside it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heartbeat_fast.conditions import NUM_LABELS
+from heartbeat_fast.errors import FileError, optional
+from heartbeat_fast.files import check_pixels
+from heartbeat_fast.record import Record, view_in
+
+
+def read(path: Path) -> Record:
+    """One image or sequence, upright, from end-diastole to end-systole where the cfg tells."""
+    stem, suffix = re.fullmatch(r"(.*?)(\.nii(?:\.gz)?)", path.name, re.I).groups()  # type: ignore[union-attr]
+    if stem.endswith("_gt"):
+        raise FileError(f"{path}: holds labels; wanted the image beside it, {stem[:-3]}{suffix}")
+    values, spacing = _upright(path)
+    labels = None
+    labels_path = path.with_name(f"{stem}_gt{suffix}")
+    if labels_path.is_file():
+        labels = _labels(labels_path, values.shape)
+    view = re.search(r"[24]CH", stem)
+    info = _info(path.with_name(f"Info_{view[0]}.cfg")) if view else {}
+    frames = _grey(path, values)
+    if info.get("ED", 0) > info.get("ES", np.inf):  # a few clips of the release run backwards
+        frames = frames[::-1]
+        labels = None if labels is None else labels[::-1]
+    return Record(
+        frames=np.ascontiguousarray(frames),
+        labels=None if labels is None else np.ascontiguousarray(labels),
+        spacing_mm=spacing,
+        fps=info.get("FrameRate", 30.0),
+        view=view_in(stem),
+        ef=info.get("EF"),
+        patient=stem.split("_")[0],
+        source=path.name,
+    )
+
+
+def _upright(path: Path) -> tuple[NDArray[Any], tuple[float, float]]:
+    """Values (F,H,W) and spacing (rows, columns): on disk the axes are column, row, time."""
+    image = optional("nibabel", "formats").load(path)
+    if len(image.shape) not in (2, 3):
+        raise FileError(f"{path}: {image.shape} came; wanted (W,H) or (W,H,F)")
+    check_pixels(path, *image.shape)
+    values = np.asarray(image.dataobj)
+    column, row = (float(zoom) for zoom in image.header.get_zooms()[:2])
+    return (values if values.ndim == 3 else values[..., None]).T, (row, column)
+
+
+def _grey(path: Path, values: NDArray[Any]) -> NDArray[np.uint8]:
+    if not np.isfinite(values).all():
+        raise FileError(f"{path}: NaN or infinite pixels came; wanted finite numbers")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 255 or (high <= 1 and values.dtype.kind == "f"):
+        values = (values - min(low, 0)) * (255 / max(high - min(low, 0), 1e-6))
+    return np.rint(values).astype(np.uint8)
+
+
+def _labels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    values, _ = _upright(path)
+    if values.shape != shape:
+        raise FileError(f"{path}: {values.shape} came; wanted {shape} as the image beside it")
+    labels = np.rint(values)  # the release stores sequence labels as float32
+    if not (labels.min() >= 0 and labels.max() < NUM_LABELS):  # NaN fails both
+        raise FileError(f"{path}: labels {labels.min():g} to {labels.max():g}; wanted 0 to 3")
+    return labels.astype(np.uint8)
+
+
+def _info(path: Path) -> dict[str, float]:
+    """The numbers of an Info cfg: `Key: value` lines, others are skipped."""
+    if not path.is_file():
+        return {}
+    numbers = {}
+    for line in path.read_text(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if re.fullmatch(r"\d+(\.\d*)?", value.strip()):
+            numbers[key.strip()] = float(value)
+    return numbers
