@@ -138,7 +138,8 @@ def flow(frames: NDArray[Any]) -> Float:
     for t in range(len(frames) - 1):
         motion = search.calc(grey[t], grey[t + 1], None)
         # Normalised blur: motion is averaged over tissue, never over the black outside.
-        tissue = (cv2.GaussianBlur(grey[t], (0, 0), 4 * scale) > 8).astype(np.float32)
+        near = cv2.GaussianBlur(grey[t].astype(np.float32), (0, 0), 4 * scale)
+        tissue = np.clip((near - 4) / 8, 0, 1)
         share = cv2.GaussianBlur(tissue, (0, 0), 4 * scale)[..., None] + 1e-6
         blurred = cv2.GaussianBlur(motion * tissue[..., None], (0, 0), 4 * scale)
         out[t] = (blurred / share * tissue[..., None]).transpose(2, 0, 1)
