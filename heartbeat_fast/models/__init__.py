@@ -1,0 +1,1 @@
+"""The torch definitions: imported by export, training and the torch engine only."""
