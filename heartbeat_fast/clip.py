@@ -129,7 +129,7 @@ def save_images(
     """Writes pictures of one size as .gif, .mp4, .webp or .png strip, atomically, with metadata.
 
     Args:
-        images: mode L or RGB.
+        images: mode L or RGB; for .gif also P, with a palette of the caller's choice.
         note: the metadata, kept as comment (gif, mp4), text chunk (png) or EXIF (webp).
         mark: draw SYNTHETIC into the lower left corner.
 
@@ -139,13 +139,14 @@ def save_images(
     path = writable(path)
     if path.suffix.lower() == ".npz":
         raise FileError(f"{path}: pictures came; wanted {', '.join(_WRITERS)}")
-    drawn = [_marked(image) for image in images] if mark else list(images)
+    drawn = [marked(image) for image in images] if mark else list(images)
     with atomic(path) as temporary:
         _WRITERS[path.suffix.lower()](temporary, drawn, fps, note)
     return path
 
 
-def _marked(image: Image.Image) -> Image.Image:
+def marked(image: Image.Image) -> Image.Image:
+    """A copy with a small SYNTHETIC in its lower left corner; mode L or RGB."""
     image = image.copy()
     size = max(8, image.height // 25)
     ink, edge = ("white", "black") if image.mode == "RGB" else (215, 0)
@@ -162,9 +163,6 @@ def _marked(image: Image.Image) -> Image.Image:
 
 
 def _gif(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
-    if images[0].mode == "RGB":  # one palette for all frames, or still parts flicker
-        palette = images[len(images) // 2].quantize(256, Image.Quantize.MEDIANCUT)
-        images = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
     milliseconds = max(2, round(100 / fps)) * 10  # a GIF counts in hundredths of a second
     options = {"duration": milliseconds, "loop": 0, "comment": note.encode(), "optimize": False}
     _save_all(path, "GIF", images, **options)
