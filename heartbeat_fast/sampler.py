@@ -1,16 +1,16 @@
 """Samplers as tables: every linear diffusion sampler is a weighted sum of what it has seen.
 
-DPM-Solver++ (Lu et al., 2211.01095), UniPC (Zhao et al., 2302.04867), DDIM (Song et al., 2010.02502)
-and Euler (Karras et al., 2206.00364) never look inside the model's output, so after step i
+DPM-Solver++ (Lu et al., 2211.01095), UniPC (Zhao et al., 2302.04867), DDIM (Song et al.,
+2010.02502) and Euler (Karras et al., 2206.00364) never look inside the model's output, so after
+step i
     x_{i+1} = T[i,0] h_0 + T[i,1] h_1 + ... + T[i,i+1] h_{i+1},
-h_0 the unit noise, h_k the k-th model output. Export reads T off diffusers' own schedulers; this file
-runs it and knows neither model nor schedule. Legend: S steps, p order.
+h_0 the unit noise, h_k the k-th model output. Export reads T off diffusers' own schedulers; this
+file runs it and knows neither model nor schedule. Legend: S steps, p order.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,21 +108,21 @@ def dump_tables(tables: list[SamplerTable]) -> str:
     return json.dumps({"schema_version": SCHEMA_VERSION, "tables": [asdict(t) for t in tables]})
 
 
-def load_tables(path: Path) -> dict[tuple[str, int], SamplerTable]:
-    """The tables of a samplers.json by (name, steps).
+def load_tables(content: bytes) -> dict[tuple[str, int], SamplerTable]:
+    """The tables of a samplers.json's bytes by (name, steps).
 
     Raises:
         SamplerError: not such a file, or of another schema version.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise SamplerError(
-                f"{path.name}: schema {content['schema_version']} came; wanted {SCHEMA_VERSION}"
-            )
-        tables = [SamplerTable(**row) for row in content["tables"]]
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SamplerError(f"{path.name}: not a sampler file ({error}): export again") from error
+        fields: dict[str, Any] = json.loads(content)
+        if (version := fields["schema_version"]) != SCHEMA_VERSION:
+            raise SamplerError(f"samplers.json: schema {version} came; wanted {SCHEMA_VERSION}")
+        tables = [SamplerTable(**row) for row in fields["tables"]]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SamplerError(
+            f"samplers.json: not a sampler file ({error!r}): export again"
+        ) from error
     return {(table.name, table.steps): table for table in tables}
 
 

@@ -1,8 +1,8 @@
 """Reads sampler tables off diffusers' own schedulers with one-hot vectors.
 
-A linear scheduler maps (noise h_0, model outputs h_1 … h_S) to samples. Fed the k-th unit vector as the
-k-th model output, its sample after step i *is* row i of T (heartbeat_fast/sampler.py). Clipping and
-thresholding are not linear and are refused. Legend: S steps, p order.
+A linear scheduler maps (noise h_0, model outputs h_1 … h_S) to samples. Fed the k-th unit vector
+as the k-th model output, its sample after step i *is* row i of T (heartbeat_fast/sampler.py).
+Clipping and thresholding are not linear and are refused. Legend: S steps, p order.
 """
 
 from typing import Any

@@ -1,0 +1,180 @@
+"""A trained model to a bundle: graphs, tables, tokenizer, card, and the parity gate."""
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from heartbeat_export import fingerprints, parity
+from heartbeat_export.sampler_tables import build_tables
+from heartbeat_export.to_onnx import ExportError, signature, to_onnx
+from heartbeat_fast.bundle import (
+    SCHEMA_VERSION,
+    Bundle,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    describe,
+    replacing,
+)
+from heartbeat_fast.engines.base import open_engine
+from heartbeat_fast.engines.torch_engine import TorchEngine
+from heartbeat_fast.generator import Generator
+from heartbeat_fast.models.graphs import Tensors, build_graphs, example_inputs, round_to_half
+from heartbeat_fast.models.heartbeat import HeartBeat
+from heartbeat_fast.sampler import dump_tables
+from heartbeat_fast.text import Tokenizer
+
+Say = Callable[[str], None]
+CARD = """# {name}
+
+A `heartbeat_fast` bundle of the `{preset}` preset: {frames} frames of {size} × {size} pixels.
+Generates synthetic echocardiography. Not for diagnosis. Licence: {licence}.
+"""
+
+
+def build_bundle(
+    model: HeartBeat,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    name: str = "",
+    revision: str = "unknown",
+    licence: str = "Apache-2.0",
+    provenance: dict[str, Any] | None = None,
+    card: str = "",
+    say: Say = lambda line: None,
+) -> Manifest:
+    """Writes a bundle folder, whole and past the parity gate, or not at all.
+
+    Args:
+        model: its large weights are rounded in place to half, as the bundle stores them.
+        name: the bundle's, by default the preset's.
+        revision: of the source, e.g. `git describe`.
+        provenance: data, training recipe, figures; JSON values.
+        card: text of README.md; a short one is written where none is given.
+        say: called with one line a step.
+
+    Raises:
+        ExportError: a graph could not be exported, or differs from torch.
+        BundleError: the folder cannot be written, or holds something else.
+    """
+    round_to_half(model)
+    inputs = example_inputs(model)
+    with replacing(out) as folder:
+        graphs, arch = _write_graphs(model, inputs, folder, say)
+        config = model.config
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=name or config.name,
+            preset=config.name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            revision=revision,
+            licence=licence,
+            frames=config.frames,
+            size=config.size,
+            latent=(config.denoiser.latent_channels, config.latent, config.latent),
+            prediction=config.prediction,
+            graphs=graphs,
+            files={},
+            fingerprints={"arch": arch, "weights": weights_of(model)},
+            parity={},
+            provenance=provenance or {},
+        )
+        manifest.files.update(_write_files(manifest, model, tokenizer, folder, card))
+        _write_manifest(manifest, folder)
+        say("parity against torch")
+        manifest.parity.update(_measure(model, inputs, folder))
+        _write_manifest(manifest, folder)
+    return manifest
+
+
+def weights_of(model: HeartBeat) -> str:
+    """The weights fingerprint of a model as it stands."""
+    return fingerprints.weights({k: v.cpu().numpy() for k, v in model.state_dict().items()})
+
+
+def _write_graphs(
+    model: HeartBeat, inputs: dict[str, Tensors], folder: Path, say: Say
+) -> tuple[dict[str, GraphSpec], str]:
+    """Every graph's file and manifest entry, and the architecture fingerprint."""
+    specs: dict[str, GraphSpec] = {}
+    protos: dict[str, onnx.ModelProto] = {}
+    for graph, part in build_graphs(model).items():
+        say(f"graph {graph}")
+        protos[graph] = to_onnx(part, inputs[graph])
+        path = folder / f"{graph}.onnx"
+        path.write_bytes(protos[graph].SerializeToString())
+        ends = (
+            signature(list(protos[graph].graph.input)),
+            signature(list(protos[graph].graph.output)),
+        )
+        specs[graph] = GraphSpec(**vars(describe(path)), inputs=ends[0], outputs=ends[1])
+    return specs, fingerprints.arch(protos)
+
+
+def _write_files(
+    manifest: Manifest, model: HeartBeat, tokenizer: Tokenizer, folder: Path, card: str
+) -> dict[str, FileSpec]:
+    config = model.config
+    if tokenizer.vocab_size > config.text.vocab:
+        raise ExportError(
+            f"tokenizer: {tokenizer.vocab_size} ids came; the text encoder has {config.text.vocab}"
+        )
+    tokenizer.save(folder / "tokenizer.json")
+    tables = build_tables(
+        config.prediction,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.schedule,
+        num_train_timesteps=config.steps,
+    )
+    (folder / "samplers.json").write_text(dump_tables(tables), "utf-8")
+    (folder / "README.md").write_text(card or CARD.format(**vars(manifest)), "utf-8")
+    names = {"samplers": "samplers.json", "tokenizer": "tokenizer.json", "card": "README.md"}
+    return {key: describe(folder / file) for key, file in names.items()}
+
+
+def _measure(model: HeartBeat, inputs: dict[str, Tensors], folder: Path) -> dict[str, Any]:
+    """Parity of the written bundle; raises ExportError where it fails the gate."""
+    bundle = Bundle.open(folder)
+    engine = open_engine("onnxruntime", bundle)
+    reference = TorchEngine(model, bundle)
+    errors = parity.graph_errors(engine, reference, inputs)
+    decibels = parity.clip_psnr(Generator(bundle, engine), Generator(bundle, reference))
+    parity.gate(errors, decibels)
+    return {
+        "engine": engine.name,
+        "reference": f"torch {torch.__version__}",
+        "relative_l2": {graph: float(f"{error:.3e}") for graph, error in errors.items()},
+        "clip_psnr_db": round(decibels, 2),
+    }
+
+
+def _write_manifest(manifest: Manifest, folder: Path) -> None:
+    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+
+
+def load_folder(folder: Path) -> tuple[HeartBeat, Tokenizer, dict[str, Any], str]:
+    """A model folder: model, tokenizer, provenance.json ({} if none) and README.md ("" if none).
+
+    Raises:
+        HeartBeatError: the folder is no HeartBeat model, or lacks a tokenizer.
+    """
+    model = HeartBeat.from_pretrained(folder)
+    homes = [folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json"]
+    found = next((path for path in homes if path.is_file()), None)
+    clip = (folder / "tokenizer" / "vocab.json").is_file()
+    if found is None and not clip:
+        raise ExportError(f"{folder}: no tokenizer.json, and no tokenizer/vocab.json: add one")
+    tokenizer = Tokenizer.open(found) if found else Tokenizer.from_clip_folder(folder / "tokenizer")
+    recipe, card = folder / "provenance.json", folder / "README.md"
+    try:
+        provenance = json.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
+        return model, tokenizer, provenance, card.read_text("utf-8") if card.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder}: provenance.json or README.md unreadable ({error})") from error

@@ -1,0 +1,93 @@
+"""What a bundle is, in two hashes: its architecture without weights, its weights without files or
+dates. After retraining they decide between swap, refit and full build.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+
+
+def arch(graphs: Mapping[str, onnx.ModelProto]) -> str:
+    """SHA-256 of the graphs without their weights: operators, attributes, wiring, shapes, dtypes.
+
+    Names are replaced by order of appearance, since exporters number them anew. Integer constants
+    are kept: they are shapes and axes, not weights.
+    """
+    normal = {name: _normalised(graphs[name]) for name in sorted(graphs)}
+    text = json.dumps(normal, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def leaves(tensors: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """BLAKE2b of every tensor by name, over name, dtype, shape and bytes."""
+    out = {}
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest = hashlib.blake2b(
+            f"{name}|{array.dtype.str}|{array.shape}|".encode(), digest_size=32
+        )
+        digest.update(array.data if array.size else b"")
+        out[name] = digest.hexdigest()
+    return out
+
+
+def merkle_root(hashes: list[str]) -> str:
+    """Root of a binary Merkle tree over hashes in order; an odd one rises as it is."""
+    level = [bytes.fromhex(h) for h in hashes] or [b""]
+    while len(level) > 1:
+        pairs = [
+            hashlib.blake2b(b"".join(level[i : i + 2]), digest_size=32).digest()
+            for i in range(0, len(level) - 1, 2)
+        ]
+        level = pairs + ([level[-1]] if len(level) % 2 else [])
+    return level[0].hex()
+
+
+def weights(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Merkle root over the tensors by name, e.g. of a state dict."""
+    return merkle_root(list(leaves(tensors).values()))
+
+
+def _normalised(model: onnx.ModelProto) -> dict[str, Any]:
+    number: dict[str, int] = {}
+
+    def ids(names: Any) -> list[int]:
+        return [number.setdefault(name, len(number)) if name else -1 for name in names]
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    return {
+        "opsets": sorted((entry.domain, entry.version) for entry in model.opset_import),
+        "inputs": [(ids([v.name]), str(v.type)) for v in graph.input],
+        "nodes": [
+            {
+                "op": f"{node.domain}:{node.op_type}",
+                "attributes": {a.name: _attribute(a) for a in node.attribute},
+                "inputs": ids(node.input),
+                "constants": [_constant(constants[n]) for n in node.input if n in constants],
+                "outputs": ids(node.output),
+            }
+            for node in graph.node
+        ],
+        "outputs": [(ids([v.name]), str(v.type)) for v in graph.output],
+    }
+
+
+def _constant(tensor: onnx.TensorProto) -> list[Any]:
+    values = numpy_helper.to_array(tensor).tolist() if tensor.data_type in INTEGERS else None
+    return [tensor.data_type, list(tensor.dims), values]
+
+
+def _attribute(attribute: onnx.AttributeProto) -> Any:
+    value = helper.get_attribute_value(attribute)
+    if isinstance(value, onnx.TensorProto):
+        return _constant(value)
+    return repr(value) if isinstance(value, (bytes, onnx.GraphProto)) else str(value)

@@ -1,0 +1,86 @@
+"""The gate between an export and its use: how far an engine is from torch on fixed inputs."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heartbeat_export.to_onnx import ExportError
+from heartbeat_fast.conditions import Conditions
+from heartbeat_fast.engines.base import Engine
+from heartbeat_fast.generator import Generator
+from heartbeat_fast.models.graphs import Tensors
+
+MAX_ERROR = 1e-3  # relative L2 of any graph's output
+MIN_PSNR = 40.0  # dB, a whole clip at one seed
+SAME = 99.0  # dB reported for identical clips, since JSON has no infinity
+CLIP_STEPS = 4
+
+
+def relative_error(got: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """‖got − wanted‖ / ‖wanted‖, in float64; infinite where `got` is not finite."""
+    if not np.isfinite(got).all():
+        return float("inf")
+    length = float(np.linalg.norm(wanted.astype(np.float64)))
+    return float(np.linalg.norm(got.astype(np.float64) - wanted)) / max(length, 1e-12)
+
+
+def psnr(got: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of 8-bit frames in dB, at most 99."""
+    error = np.mean((got.astype(np.float64) - wanted) ** 2)
+    return SAME if error == 0 else float(min(SAME, 10 * np.log10(255**2 / error)))
+
+
+def graph_errors(engine: Engine, reference: Engine, inputs: dict[str, Tensors]) -> dict[str, float]:
+    """Per graph the largest relative error of its outputs; inputs from graphs.example_inputs."""
+    errors = {}
+    for graph, tensors in inputs.items():
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        got, wanted = engine.run(graph, arrays), reference.run(graph, arrays)
+        errors[graph] = max(relative_error(got[name], wanted[name]) for name in wanted)
+    return errors
+
+
+def clip_psnr(engine: Generator, reference: Generator) -> float:
+    """PSNR of one clip under all conditions, same seed, in dB."""
+    manifest = engine.bundle.manifest
+    conditions = beating_ring(manifest.frames, manifest.size)
+    got, wanted = (g(conditions, steps=CLIP_STEPS, seed=1) for g in (engine, reference))
+    return psnr(got.frames, wanted.frames)
+
+
+def gate(errors: dict[str, float], decibels: float) -> None:
+    """Lets an engine pass, or says what is wrong with it.
+
+    Raises:
+        ExportError: a graph's error exceeds 1e-3, or the clip's PSNR is below 40 dB.
+    """
+    worst = max(errors, key=lambda graph: errors[graph])
+    if not errors[worst] <= MAX_ERROR:
+        raise ExportError(
+            f"parity: graph {worst} is {errors[worst]:.2e} from torch; at most {MAX_ERROR} passes"
+        )
+    if not decibels >= MIN_PSNR:
+        raise ExportError(f"parity: clip at {decibels:.1f} dB; at least {MIN_PSNR} passes")
+
+
+def beating_ring(frames: int, size: int) -> Conditions:
+    """All seven conditions of a ring that contracts once: no anatomy, only something to compare."""
+    rows, columns = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
+    radius = np.hypot(rows, columns)
+    phase = np.sin(np.pi * np.arange(frames) / frames)
+    inner = (0.2 - 0.06 * phase)[:, None, None]
+    mask = np.where(radius < inner, 1, np.where(radius < 0.35, 2, 0))
+    motion = np.gradient(inner, axis=0) * size * (radius < 0.35)
+    direction = np.stack([columns, rows]) / np.maximum(radius, 1e-3)
+    return Conditions(
+        text="An ECHO with 4-chamber view.",
+        ef=55.0,
+        image=np.where(mask[0] == 2, 0.7, 0.2).astype(np.float32),
+        sketch=(np.abs(radius - 0.2) < 0.02).astype(np.float32),
+        mask=mask,
+        skeleton=((np.abs(rows - inner) < 0.02) & (np.abs(columns) < 0.1)).astype(np.float32),
+        flow=(motion[:, None] * direction).astype(np.float32),
+        frames=frames,
+        size=size,
+    )

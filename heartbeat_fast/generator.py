@@ -1,0 +1,248 @@
+"""Conditions to clip: encode once, step N times, decode once. Only the order of calls is here.
+
+Legend: F frames, C channels, h w latents, N tokens, S steps.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from heartbeat_fast import __version__
+from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.clip import Clip
+from heartbeat_fast.conditions import Conditions
+from heartbeat_fast.engines.base import Arrays, Engine, open_engine
+from heartbeat_fast.errors import ConditionError, EngineError
+from heartbeat_fast.sampler import SamplerTable, pick, sample
+from heartbeat_fast.speckle import texture
+from heartbeat_fast.text import Tokenizer
+
+STAGES = ("text", "image", "local", "context", "time", "denoise", "decode", "texture")
+LOCAL = ("sketch", "mask", "skeleton", "flow")
+
+Float = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the loop needs of a clip's conditions.
+
+    Args:
+        context: K and V of every cross-attention, by the denoise graph's input names.
+        local: the local features' share of the first convolution, (1,F,C0,h,w).
+    """
+
+    context: Arrays
+    local: Float
+
+
+class Stopwatch:
+    """Wall-clock milliseconds by stage; stages that ran several times add up."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.ms[stage] += (time.perf_counter() - start) * 1e3
+
+
+class Generator:
+    """A warm generator: graphs stay loaded, time embeddings and the null context are kept.
+
+    Nothing kept depends on a clip's conditions, so calls never see each other.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle, self.engine = bundle, engine
+        self._samplers = bundle.samplers()
+        tokenizer = bundle.manifest.files["tokenizer"]
+        bundle.read(tokenizer)  # verifies it
+        self._tokenizer = Tokenizer.open(bundle.path / tokenizer.file)
+        self._times: dict[tuple[str, int], list[Float]] = {}
+        self._null: Encoded | None = None
+
+    @classmethod
+    def open(
+        cls, bundle: str | Path | Bundle | None = None, engine: str = "auto", device: str = "cpu"
+    ) -> "Generator":
+        """Opens a bundle (None: the embedded default) on an engine by name.
+
+        Raises:
+            BundleError: not a bundle, or not whole.
+            EngineError: the engine is unknown or cannot run here.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        return cls(opened, open_engine(engine, opened, device))
+
+    def __call__(
+        self,
+        conditions: Conditions,
+        *,
+        steps: int = 10,
+        guidance: float = 1.0,
+        seed: int = 0,
+        sampler: str = "dpmpp_2m",
+        spacing_mm: tuple[float, float] = (1.0, 1.0),
+        fps: float = 30.0,
+        progress: Progress | None = None,
+    ) -> Clip:
+        """Makes a clip.
+
+        Args:
+            conditions: any subset, for the bundle's frames and size.
+            steps: S, one of the counts the bundle has a table for.
+            guidance: weight w of classifier-free guidance (Ho & Salimans, 2207.12598),
+                null + w (conditioned − null); 1 costs one model call a step, others two.
+            seed: of latent and texture noise. Same seed, same engine, same clip.
+            spacing_mm, fps: of the clip; the model does not know them.
+            progress: called with (steps done, S).
+
+        Returns:
+            The clip, frames (F,H,W); its provenance holds everything above and `timings_ms`.
+
+        Raises:
+            ConditionError: conditions for another number of frames or size, or too long a text.
+            SamplerError: the bundle has no such sampler or step count.
+            EngineError: guidance or seed out of range, or the model put out no numbers.
+        """
+        table = pick(self._samplers, sampler, steps)
+        if not (np.isfinite(guidance) and guidance >= 0 and 0 <= seed < 2**63):
+            raise EngineError(f"guidance {guidance}, seed {seed} came; wanted both 0 or more")
+        watch = Stopwatch()
+        encoded = self.encode(conditions, watch)
+        z = self.denoise(encoded, table, guidance, seed, watch, progress)
+        frames = self.decode(z, conditions.flow, seed, watch)
+        manifest = self.bundle.manifest
+        provenance: dict[str, Any] = {
+            "version": __version__,
+            "bundle": manifest.name,
+            "weights": manifest.fingerprints.get("weights", ""),
+            "engine": self.engine.name,
+            "precision": self.engine.precision,
+            "device": self.engine.device,
+            "conditions": list(conditions.present),
+            "text": conditions.text,
+            "ef": conditions.ef,
+            "sampler": sampler,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "timings_ms": {stage: round(watch.ms.get(stage, 0.0), 3) for stage in STAGES},
+        }
+        return Clip(frames, spacing_mm, fps, provenance, conditions)
+
+    def encode(self, conditions: Conditions, watch: Stopwatch | None = None) -> Encoded:
+        """Everything the loop needs of the conditions. Encoders of absent ones do not run.
+
+        Raises:
+            ConditionError: conditions for another number of frames or size, or too long a text.
+        """
+        watch, manifest = watch or Stopwatch(), self.bundle.manifest
+        if (conditions.frames, conditions.size) != (manifest.frames, manifest.size):
+            raise ConditionError(
+                f"conditions: {conditions.frames} frames of {conditions.size} came; bundle "
+                f"{manifest.name} wants {manifest.frames} of {manifest.size}"
+            )
+        arrays: Arrays = dict(conditions.arrays())
+        run = self.engine.run
+        with watch("text"):
+            arrays["tokens"] = self._tokenizer.encode(conditions.text or "")
+            text = run("text", {k: arrays[k] for k in ("tokens", "ef", "present")})
+        # An absent condition counts exactly zero, so its graph need not run to find that out.
+        with watch("image"):
+            image = self._zeros("context", "image_context")
+            if "image" in conditions.present:
+                image = run("image", {k: arrays[k] for k in ("image", "present")})["image_context"]
+        with watch("local"):
+            local = self._zeros("denoise", "local")
+            if set(LOCAL) & set(conditions.present):
+                local = run("local", {k: arrays[k] for k in (*LOCAL, "present")})["local"]
+        with watch("context"):
+            context = run("context", {**text, "image_context": image})
+        return Encoded(context, local)
+
+    def denoise(
+        self,
+        encoded: Encoded,
+        table: SamplerTable,
+        guidance: float = 1.0,
+        seed: int = 0,
+        watch: Stopwatch | None = None,
+        progress: Progress | None = None,
+    ) -> Float:
+        """Latents (1,F,C,h,w) from unit noise of this seed, by the table's S steps."""
+        watch = watch or Stopwatch()
+        with watch("time"):
+            times = self._time_embeddings(table)
+        null = None
+        if guidance != 1.0:
+            null = self._null = self._null or self.encode(self._nothing(), watch)
+        shape = self._zeros("denoise", "z").shape
+        noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
+
+        def model(z: Float, i: int) -> Float:
+            out = self._out(z, times[i], encoded)
+            if null is not None:
+                base = self._out(z, times[i], null)
+                out = base + np.float32(guidance) * (out - base)
+            if progress is not None:
+                progress(i + 1, table.steps)
+            return out
+
+        with watch("denoise"):
+            return sample(table, model, noise)
+
+    def decode(
+        self,
+        z: Float,
+        flow: NDArray[Any] | None = None,
+        seed: int = 0,
+        watch: Stopwatch | None = None,
+    ) -> NDArray[np.uint8]:
+        """Frames (F,H,W) of latents; their speckle is carried along the flow (F,2,H,W) if given.
+
+        Raises:
+            EngineError: the latents or frames are not finite.
+        """
+        watch, manifest = watch or Stopwatch(), self.bundle.manifest
+        with watch("texture"):
+            # Another stream than the latents' noise, from the same seed.
+            stream = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+            grain = texture(flow, manifest.frames, manifest.size, stream)[None]
+        with watch("decode"):
+            frames = self.engine.run("decode", {"z": z, "noise": grain})["frames"][0, :, 0]
+        if not np.isfinite(frames).all():
+            raise EngineError(
+                f"engine {self.engine.name}: frames came out as NaN: try another engine"
+            )
+        return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+    def _out(self, z: Float, temb: Float, encoded: Encoded) -> Float:
+        inputs = {"z": z, "temb": temb, "local": encoded.local, **encoded.context}
+        return self.engine.run("denoise", inputs)["out"]
+
+    def _time_embeddings(self, table: SamplerTable) -> list[Float]:
+        key = (table.name, table.steps)
+        if key not in self._times:
+            steps = (np.array([t], np.float32) for t in table.timesteps)
+            self._times[key] = [self.engine.run("time", {"t": t})["temb"] for t in steps]
+        return self._times[key]
+
+    def _nothing(self) -> Conditions:
+        return Conditions(frames=self.bundle.manifest.frames, size=self.bundle.manifest.size)
+
+    def _zeros(self, graph: str, name: str) -> Float:
+        """Zeros in the shape of a graph's input."""
+        specs = self.bundle.manifest.graphs[graph].inputs
+        return np.zeros(next(spec.shape for spec in specs if spec.name == name), np.float32)
