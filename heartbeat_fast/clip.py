@@ -171,7 +171,8 @@ def _gif(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
 def _webp(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
     exif = Image.Exif()
     exif[0x010E] = note  # ImageDescription
-    options = {"duration": round(1000 / fps), "loop": 0, "quality": 90, "exif": exif.tobytes()}
+    # Lossless: the lossy encoder merges frames that differ by a few grey levels.
+    options = {"duration": round(1000 / fps), "loop": 0, "lossless": True, "exif": exif.tobytes()}
     _save_all(path, "WEBP", images, **options)
 
 
@@ -204,7 +205,7 @@ def _mp4(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
                 container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
             container.mux(stream.encode())
     except av.FFmpegError as error:
-        raise FileError(f"{path.name}: FFmpeg could not write it ({error})") from error
+        raise OSError(error.errno, error.strerror) from error
 
 
 _WRITERS = {".gif": _gif, ".mp4": _mp4, ".webp": _webp, ".png": _png}
