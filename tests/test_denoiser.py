@@ -1,15 +1,15 @@
-"""The denoiser against diffusers, its hoisted parts against the plain pass, its frames and clips."""
+"""The denoiser against diffusers, its hoisted parts against the plain pass, frames and clips."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from heartbeat_kernels.reference import attention, dual_cross_attention, temporal_attention
 from torch import Tensor
 
 from heartbeat_fast.models.config import NANO, ConfigError, DenoiserConfig, from_dict, to_dict
 from heartbeat_fast.models.denoiser import Denoiser
+from heartbeat_kernels.reference import attention, dual_cross_attention, temporal_attention
 
 SD15 = DenoiserConfig(
     local_channels=0,
@@ -148,7 +148,7 @@ def test_inflated_equals_image_model_frame_by_frame() -> None:
 
 @torch.no_grad()
 def test_temporal_layers_see_other_frames_only_when_asked() -> None:
-    """A change in one frame reaches the others through temporal layers, and through nothing else."""
+    """A change in one frame reaches the others through temporal layers and nothing else."""
     model = video()
     z, t, local, text, image = inputs(NANO.denoiser)
     changed = z.clone()

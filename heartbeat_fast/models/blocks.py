@@ -98,8 +98,8 @@ class TemporalAttention(Attention):
 
     def __init__(self, c: int, heads: int, frames: int) -> None:
         super().__init__(c, heads)
-        nn.init.zeros_(self.to_out[0].weight)
-        nn.init.zeros_(self.to_out[0].bias)
+        for parameter in self.to_out.parameters():
+            nn.init.zeros_(parameter)
         self.position = nn.Parameter(sinusoid(torch.arange(frames, dtype=torch.float32), c))
 
     def over_frames(self, x: Tensor, frames: int) -> Tensor:

@@ -1,12 +1,13 @@
 """What a model is made of: frozen dataclasses, and the presets nano, tiny and base."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from heartbeat_fast.errors import HeartBeatError
 
 T = TypeVar("T")
+LARGEST, LONGEST = 100_000, 64  # of any number, of any list, in a config read from a file
 
 
 class ConfigError(HeartBeatError):
@@ -82,7 +83,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """kind "echo": our small convolutional codec; "kl": diffusers' AutoencoderKL (default: SD1.5)."""
+    """kind "echo": our small convolutional codec; "kl": diffusers' AutoencoderKL (SD1.5's)."""
 
     kind: Literal["echo", "kl"] = "kl"
     latent_channels: int = 4
@@ -134,23 +135,33 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """A config of the given class from JSON's types.
 
     Raises:
-        ConfigError: an unknown field, a missing one, or one of the wrong type.
+        ConfigError: an unknown field, a missing one, or one of the wrong type or absurd size.
     """
     hints = get_type_hints(kind)
-    unknown = sorted(set(values) - {f.name for f in fields(kind)})  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}")
     try:
-        return kind(**{name: _value(hints[name], value) for name, value in values.items()})
+        return kind(**{name: _value(name, hints[name], value) for name, value in values.items()})
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _value(name: str, hint: Any, value: Any) -> Any:
     """One field from its JSON form."""
     if is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(hint, value)  # type: ignore[arg-type]
-    return tuple(value) if isinstance(value, list) else value
+    if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) <= LONGEST:
+        return tuple(_value(name, get_args(hint)[0], item) for item in value)
+    if get_origin(hint) is Literal and value in get_args(hint):
+        return value
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (bool, str) and type(value) is hint:
+        return value
+    if hint is int and type(value) is int and 0 <= value <= LARGEST:
+        return value
+    raise ConfigError(f"{name} is {value!r:.80}, wanted {getattr(hint, '__name__', hint)}")
 
 
 NANO = HeartBeatConfig(
@@ -194,6 +205,7 @@ TINY = replace(
     frames=16,
     size=256,
     denoiser=DenoiserConfig(
+        latent_channels=8,
         channels=(64, 128, 192),
         heads=(2, 4, 6),
         attention=(False, True, True),
@@ -214,7 +226,7 @@ TINY = replace(
         channels=64,
         adapter=64,
     ),
-    codec=CodecConfig(kind="echo", widths=(32, 48, 64), scale=1.0),
+    codec=CodecConfig(kind="echo", latent_channels=8, widths=(32, 48, 64), scale=1.0),
     local_hidden=64,
 )
 

@@ -5,7 +5,7 @@ E all residual blocks' time embeddings side by side. Clips of one frame are imag
 temporal layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class Denoiser(nn.Module):
             }
         )
 
-        # Down: each level notes the widths it leaves for the way up.
+        # Down: each level notes the widths it leaves for the way up, one per layer and one of its
+        # downsampling; lean: one.
         skips = [] if config.lean else [widths[0]]
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
@@ -69,7 +70,7 @@ class Denoiser(nn.Module):
             stage = self._stage(level, [c_in] + [width] * (config.layers - 1))
             if not last:
                 stage.downsamplers = nn.ModuleList([Downsample(width)])
-            skips += _skips(config, width, last)
+            skips += [width] * (config.layers * (not config.lean) + (not last))
             self.down_blocks.append(stage)
 
         # Middle
@@ -138,12 +139,10 @@ class Denoiser(nn.Module):
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         """Every stage in the order of the pass, by a short name: down0, …, mid, up0, …"""
-        for i, stage in enumerate(self.down_blocks):
-            yield f"down{i}", stage  # type: ignore[misc]
+        yield from ((f"down{i}", stage) for i, stage in enumerate(_stages(self.down_blocks)))
         if self.mid_block is not None:
             yield "mid", self.mid_block
-        for i, stage in enumerate(self.up_blocks):
-            yield f"up{i}", stage  # type: ignore[misc]
+        yield from ((f"up{i}", stage) for i, stage in enumerate(_stages(self.up_blocks)))
 
     def resnets(self) -> Iterator[ResBlock]:
         """Every residual block in the order of the pass."""
@@ -184,7 +183,7 @@ class Denoiser(nn.Module):
     def time(self, t: Tensor) -> Tensor:
         """Every residual block's projected time embedding: t (S,) to (S,E)."""
         linear_1, linear_2 = self.time_embedding["linear_1"], self.time_embedding["linear_2"]
-        x = sinusoid(t, self.config.channels[0]).to(linear_1.weight.dtype)
+        x = sinusoid(t, self.config.channels[0]).to(self.conv_in.weight.dtype)
         x = functional.silu(linear_2(functional.silu(linear_1(x))))
         return torch.cat([block.time_emb_proj(x) for block in self.resnets()], dim=1)
 
@@ -202,7 +201,7 @@ class Denoiser(nn.Module):
         z: Tensor,
         temb: Tensor,
         share: Tensor,
-        kv: tuple[Tensor, ...] | list[Tensor],
+        kv: Sequence[Tensor],
         temporal: bool = True,
     ) -> Tensor:
         """The loop's part.
@@ -248,12 +247,7 @@ class Denoiser(nn.Module):
         return self._unet(x, z.shape[1], self.time(t), self.context(text, image), temporal)
 
     def _unet(
-        self,
-        x: Tensor,
-        frames: int,
-        temb: Tensor,
-        kv: tuple[Tensor, ...] | list[Tensor],
-        temporal: bool,
+        self, x: Tensor, frames: int, temb: Tensor, kv: Sequence[Tensor], temporal: bool
     ) -> Tensor:
         """Everything behind the first convolution: (M,C₀,h,w) to (B,F,C,h,w)."""
         if temb.shape[0] > 1:
@@ -261,29 +255,24 @@ class Denoiser(nn.Module):
         per_layer = 4 if len(kv) == len(self.kv_names) and self.config.image_branch else 2
         layers = [tuple(kv[i : i + per_layer]) for i in range(0, len(kv), per_layer)]
         step = Step(frames, temb, layers, temporal and frames > 1)
-        lean = self.config.lean
 
-        # Down
-        skips = [] if lean else [x]
-        for stage in self.down_blocks:
-            last = stage is self.down_blocks[-1]
+        # Down; a lean network keeps one skip per level, Stable Diffusion every x
+        seen, kept = [x], []
+        for stage in _stages(self.down_blocks):
             for j in range(len(stage.resnets)):
-                x = stage.layer(j, x, step)
-                if not lean:
-                    skips.append(x)
-            if lean and not last:
-                skips.append(x)
+                seen.append(stage.layer(j, seen[-1], step))
+            kept.append(seen[-1])
             if stage.downsamplers is not None:
-                x = stage.downsamplers[0](x)
-                if not lean:
-                    skips.append(x)
+                seen.append(stage.downsamplers[0](seen[-1]))
+        x, skips = seen[-1], kept[:-1] if self.config.lean else seen
 
         # Middle
         if self.mid_block is not None:
             x = self.mid_block.resnets[1](self.mid_block.layer(0, x, step), step)
 
         # Up
-        for level, stage in zip(reversed(range(len(self.up_blocks))), self.up_blocks, strict=True):
+        for i, stage in enumerate(_stages(self.up_blocks)):
+            level = len(self.up_blocks) - 1 - i
             for j in range(len(stage.resnets)):
                 if self._takes_skip(level, j):
                     x = torch.cat([x, skips.pop()], dim=1)
@@ -295,8 +284,6 @@ class Denoiser(nn.Module):
         return x.unflatten(0, (-1, frames))
 
 
-def _skips(config: DenoiserConfig, width: int, last: bool) -> list[int]:
-    """Widths of the skips a level leaves: one per layer and one of its downsampling; lean: one."""
-    if config.lean:
-        return [] if last else [width]
-    return [width] * (config.layers + (not last))
+def _stages(blocks: nn.ModuleList) -> list[Stage]:
+    """A module list with the type of what it holds."""
+    return list(blocks)  # type: ignore[arg-type]
