@@ -1,8 +1,8 @@
 """Texture noise: a complex white field on moving scatterers, the decoder's source of speckle.
 
 Speckle is the envelope of many unresolved scatterers and moves with them (Wagner et al., IEEE TSU
-30(3), 1983). So the noise a decoder turns into speckle is carried by scatterers along the flow; drawn
-afresh for each frame it would boil. Legend: F frames, H W pixels, S scatterers.
+30(3), 1983). So the noise a decoder turns into speckle is carried by scatterers along the flow;
+drawn afresh for each frame it would boil. Legend: F frames, H W pixels, S scatterers.
 """
 
 import numpy as np

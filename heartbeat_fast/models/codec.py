@@ -3,7 +3,8 @@
 `EchoCodec` is ours and small. Its latents hold anatomy and brightness only; speckle is made by the
 decoder from texture noise that travels with the tissue (heartbeat_fast/speckle.py). L1 alone would
 blur speckle away, because the latents cannot say which grain is where; a decoder that is told the
-scatterers can. `KLCodec` is Stable Diffusion's. Legend: N frames, C channels, H W pixels, h w latents.
+scatterers can. `KLCodec` is Stable Diffusion's. Legend: N frames, C channels, H W pixels, h w
+latents.
 """
 
 from typing import Protocol
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from heartbeat_fast.models.config import CodecConfig
 
 Codec = nn.Module  # with encode (N,1,H,W) → (N,C,h,w) and decode (latents, noise) → (N,1,H,W)
+
+
+FILTERS, SPREAD = 8, 5  # steered filters, their width in blocks of 2 pixels
 
 
 class SupportsCodec(Protocol):
@@ -49,7 +53,9 @@ class EchoEncoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         fine, mid, coarse = config.widths
-        self.inside = nn.Conv2d(4, fine, 3, padding=1)  # on 2×2 blocks: half the size, no pixel lost
+        self.inside = nn.Conv2d(
+            4, fine, 3, padding=1
+        )  # on 2×2 blocks: half the size, no pixel lost
         self.down1 = nn.Conv2d(fine, mid, 4, stride=2, padding=1)
         self.mid = Residual(mid)
         self.down2 = nn.Conv2d(mid, coarse, 4, stride=2, padding=1)
@@ -65,9 +71,10 @@ class EchoEncoder(nn.Module):
 class EchoDecoder(nn.Module):
     """Raw latents (N, C, h, w) and noise (N, 2, 8h, 8w) → grey frames (N, 1, 8h, 8w).
 
-    The point spread of a phased array is a blur of 2–9 pixels that widens with depth, and speckle is
-    the modulus of the blurred field: linear convolutions see the noise at an eighth, a quarter and
-    half the size, then bend. The last layer adds log-modulus and log-brightness: grey is logarithmic.
+    Speckle is the modulus of scatterers blurred by a point spread that turns with the beam and
+    widens with depth. So the decoder steers: Σ_k w_k(x)·(f_k ∗ noise), the same real filters f_k
+    for real and imaginary part, weights w_k from the latents; then the logarithm of the modulus,
+    since grey is logarithmic; then two convolutions blend it with the anatomy.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -78,8 +85,9 @@ class EchoDecoder(nn.Module):
         self.up1 = nn.Conv2d(coarse, mid * 4, 1)
         self.mid = Residual(mid)
         self.up2 = nn.Conv2d(mid, fine * 4, 1)
-        self.spread = nn.Conv2d(8, fine, 5, padding=2)  # 10 pixels wide: the far field's beam
-        self.fine1 = nn.Conv2d(2 * fine, fine, 3, padding=1)
+        self.filters = nn.Conv2d(4, 4 * FILTERS, SPREAD, padding=SPREAD // 2, bias=False)
+        self.steer = nn.Conv2d(fine, FILTERS, 1)
+        self.fine1 = nn.Conv2d(fine + 4, fine, 3, padding=1)
         self.fine2 = nn.Conv2d(fine, fine, 3, padding=1)
         self.out = nn.Conv2d(fine, 4, 3, padding=1)
 
@@ -87,10 +95,16 @@ class EchoDecoder(nn.Module):
         x = self.coarse(self.inside(torch.cat([z, _position(z)], 1)))
         x = self.mid(F.pixel_shuffle(self.up1(F.relu(x)), 2))
         x = F.pixel_shuffle(self.up2(F.relu(x)), 2)
-        grain = self.spread(F.pixel_unshuffle(noise, 2))
-        x = F.relu(self.fine1(torch.cat([x, grain], 1)))
-        x = F.relu(self.fine2(x))
-        return F.pixel_shuffle(self.out(x), 2)
+        x = F.relu(self.fine1(torch.cat([x, self.log_envelope(x, noise)], 1)))
+        return F.pixel_shuffle(self.out(F.relu(self.fine2(x))), 2)
+
+    def log_envelope(self, x: Tensor, noise: Tensor) -> Tensor:
+        """ln of the steered, blurred noise's power for the four pixels of each 2×2 block."""
+        n, _, height, width = noise.shape
+        blocks = F.pixel_unshuffle(noise.reshape(2 * n, 1, height, width), 2)
+        fields = self.filters(blocks).reshape(n, 2, FILTERS, 4, height // 2, width // 2)
+        steered = (fields * self.steer(x)[:, None, :, None]).sum(2)
+        return torch.log(steered.square().sum(1) + 1e-3)
 
 
 def _position(z: Tensor) -> Tensor:
@@ -115,11 +129,11 @@ class EchoCodec(nn.Module):
         self.register_buffer("deviation", torch.ones(shape))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Grey frames (N, 1, H, W) in [0, 1] → latents (N, C, H/8, W/8), zero mean, unit deviation."""
+        """Grey frames (N, 1, H, W) in [0, 1] → latents (N, C, H/8, W/8) of unit deviation."""
         return (self.encoder(frames) - self.mean) / self.deviation
 
     def decode(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, C, h, w) and texture noise (N, 2, 8h, 8w) → frames (N, 1, 8h, 8w) in [0, 1]."""
+        """Latents (N, C, h, w), texture noise (N, 2, 8h, 8w) → frames (N, 1, 8h, 8w)."""
         return self.decoder(z * self.deviation + self.mean, noise).clamp(0, 1)
 
 

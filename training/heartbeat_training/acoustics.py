@@ -1,8 +1,9 @@
 """The phantom's ultrasound: scatterers → point-spread convolution → envelope → log → sector image.
 
-Baseband model of a phased array (Meunier & Bertrand, IEEE TMI 14(2), 1995): the complex image is the
-scatterers' field convolved with a separable Gaussian point spread in (depth, beam angle); the envelope
-of many scatterers per resolution cell is Rayleigh. Legend: R depth samples, A beams, S scatterers.
+Baseband model of a phased array (Meunier & Bertrand, IEEE TMI 14(2), 1995): the complex image is
+the scatterers' field convolved with a separable Gaussian point spread in (depth, beam angle); the
+envelope of many scatterers per resolution cell is Rayleigh. Legend: R depth samples, A beams, S
+scatterers.
 """
 
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def complex_image(probe: Probe, x: Map, y: Map, re: Map, im: Map) -> NDArray[np.
     """Scatterers (S,) with complex amplitudes → beamformed complex image (2, R, A).
 
     Scaled so that unit amplitudes give a mean power of 1 at every depth: a cell holds
-    PER_PIXEL·r·Δθ scatterers, and a Gaussian of (σ², bilinear splatting's 1/6 added) passes 1/(4πσσ').
+    PER_PIXEL·r·Δθ scatterers, and a Gaussian of (σ², bilinear splatting's 1/6 added) passes
+    1/(4πσσ').
     """
     depth, beam = probe.polar(x, y)
     field = splat(beam, depth, (re, im), (probe.depths, probe.beams))
@@ -112,7 +114,7 @@ def clutter_level(probe: Probe, heart: Anatomy, x: Map, y: Map) -> Map:
 
 
 def compress(envelope: Map, gain_db: Map, heart: Anatomy) -> Map:
-    """Envelope (R, A) → grey in [0, 1]: gain, then logarithmic compression over the dynamic range."""
+    """Envelope (R, A) → grey in [0, 1]: gain, then logarithmic compression."""
     level = 20 * np.log10(np.maximum(envelope, 1e-6)) + gain_db + heart.gain
     return np.asarray(np.clip((level + heart.dynamic_range - HEADROOM) / heart.dynamic_range, 0, 1))
 

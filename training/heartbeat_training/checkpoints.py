@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill: written whole, hashed, then named; the newest good one is used.
 
-A checkpoint is a folder `step-00001200/` with tensors.safetensors (parameters, EMA, optimizer moments)
-and manifest.json (step, recipe, hash). No random state is stored: every step's randomness is derived
-from (seed, step), so a resumed run repeats the run that was not interrupted.
+A checkpoint is a folder `step-00001200/` with tensors.safetensors (parameters, EMA, optimizer
+moments) and manifest.json (step, recipe, hash). No random state is stored: every step's randomness
+is derived from (seed, step), so a resumed run repeats the run that was not interrupted.
 """
 
 import hashlib

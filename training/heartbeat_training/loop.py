@@ -1,7 +1,7 @@
 """One training loop for every stage: Adam, warm-up + cosine, EMA, bf16, checkpoints, TensorBoard.
 
-A stage says what is trained and what the loss of step i is. All randomness comes from (seed, i), so a
-killed run continues as if nothing had happened.
+A stage says what is trained and what the loss of step i is. All randomness comes from (seed, i), so
+a killed run continues as if nothing had happened.
 """
 
 import math
@@ -59,8 +59,8 @@ class Stage(Protocol):
 def train(stage: Stage, recipe: Recipe, run: Path, console: Console | None = None) -> float:
     """Run a stage to its last step, resuming from `run` when it has a checkpoint.
 
-    On return the stage's parameters hold the EMA weights. Returns the mean loss of the last 50 steps.
-    Raises: CheckpointError when `run` belongs to another recipe.
+    On return the stage's parameters hold the EMA weights. Returns the mean loss of the last 50
+    steps. Raises: CheckpointError when `run` belongs to another recipe.
     """
     console = console or Console(stderr=True)
     state = _State(stage.parameters(), recipe)
@@ -69,11 +69,21 @@ def train(stage: Stage, recipe: Recipe, run: Path, console: Console | None = Non
     stop = _StopSignal()
     recent: list[float] = []
     saved = time.monotonic()
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=stage.name,
-               mininterval=2.0, disable=None)
+    bar = tqdm(
+        range(start, recipe.steps),
+        initial=start,
+        total=recipe.steps,
+        desc=stage.name,
+        mininterval=2.0,
+        disable=None,
+    )
     for step in bar:
         scalars = _step(stage, state, recipe, step)
         recent = [*recent[-49:], scalars["loss"]]
+        if bar.disable and (step + 1) % 100 == 0:  # a log file gets lines instead of a bar
+            console.print(
+                f"{stage.name} {step + 1}/{recipe.steps} loss {sum(recent) / len(recent):.4f}"
+            )
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
         if writer and step % 10 == 0:
             for name, value in scalars.items():
@@ -143,7 +153,7 @@ def _step(stage: Stage, state: _State, recipe: Recipe, step: int) -> dict[str, f
         torch._foreach_lerp_(
             list(state.ema.values()), [p.detach() for p in state.parameters.values()], 1 - decay
         )
-    return {"grad_norm": float(norm)} | {name: float(value) for name, value in scalars.items()}
+    return {"grad_norm": float(norm)} | {name: float(v.detach()) for name, v in scalars.items()}
 
 
 def schedule(step: int, recipe: Recipe) -> float:

@@ -1,7 +1,7 @@
 """The phantom: moving scatterers imaged by a phased array, with exact masks, valve and flow.
 
-`record(seed)` gives what a loader of real clips gives; `simulate` adds what only a simulator knows: the
-scatterers' own field, for which the decoder's texture noise is a stand-in (models/codec.py).
+`record(seed)` gives what a loader of real clips gives; `simulate` adds what only a simulator knows:
+the scatterers' own field, for which the decoder's texture noise is a stand-in (models/codec.py).
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from heartbeat_training.anatomy import (
 
 @dataclass(frozen=True)
 class Motion:
-    """What moves: labels (F, H, W) uint8, skeleton (F, H, W), flow (F, 2, H, W) pixels per frame."""
+    """What moves: labels, skeleton (F, H, W) and flow (F, 2, H, W) in pixels per frame."""
 
     labels: NDArray[np.uint8]
     skeleton: NDArray[np.float32]
@@ -116,7 +116,8 @@ def move(geometry: Geometry, frames: int) -> Motion:
 def render(
     geometry: Geometry, motion: Motion, speckle: int, noise: bool = False
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
-    """Image the scatterers: frames (F, H, W) uint8 and, when asked, the field (F, 2, H, W) behind them.
+    """Image the scatterers: frames (F, H, W) uint8 and, when asked, the field (F, 2, H, W) behind
+    them.
 
     The field is the scatterers' amplitudes on the pixel grid, whitened by their known local power:
     the exact counterpart of `speckle.texture`, from which a decoder can be taught to make speckle.
@@ -195,7 +196,7 @@ class Tissue:
         self._strain = sample(ux + vy, start), sample(ux * vy - uy * vx, start)
 
     def at(self, c: float, r: NDArray[np.float64], leaf: Map) -> tuple[Map, Map, Map, Map]:
-        """x, y, echo power and the area factor that undoes crowding, at contraction c and sway r."""
+        """x, y, echo power and the area factor that undoes crowding."""
         x = self.grains.x + np.float32(c) * self._drift[0] + np.float32(r[0])
         y = self.grains.y + np.float32(c) * self._drift[1] + np.float32(r[1])
         crowding = np.maximum(1 + c * self._strain[0] + c * c * self._strain[1], 0.1)

@@ -1,8 +1,8 @@
 """Training the codec: encode one speckle, decode another, told which scatterers made it.
 
-The encoder sees a frame A, the decoder gets A's latents and the scatterer field of a frame B: the same
-anatomy, other scatterers; the target is B. So the latents cannot carry grain, and the decoder learns
-to make grain from noise: plain regression, no discriminator (docs/decisions.md, 2026-11-21).
+The encoder sees a frame A, the decoder gets A's latents and the scatterer field of a frame B: the
+same anatomy, other scatterers; the target is B. So the latents cannot carry grain, and the decoder
+learns to make grain from noise: plain regression, no discriminator (docs/decisions.md, 2026-11-21).
 """
 
 from pathlib import Path
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from heartbeat_fast.models.codec import EchoCodec
+from heartbeat_fast.speckle import texture
 from heartbeat_training.phantom import render_pair
 
-LATENT_NOISE = 0.08  # of the latents' deviation: the denoiser's error, which the decoder must forgive
+LATENT_NOISE = (
+    0.08  # of the latents' deviation: the denoiser's error, which the decoder must forgive
+)
 
 
 class PairCache:
@@ -91,7 +94,8 @@ class CodecStage:
         a, b, noise = self._batch(np.arange(0, len(self.cache), max(len(self.cache) // 4, 1))[:4])
         z = self.codec.encoder(a)
         same = self.codec.decoder(z, noise).clamp(0, 1)
-        fresh = self.codec.decoder(z, torch.randn_like(noise)).clamp(0, 1)
+        drawn = texture(None, 1, b.shape[-1], step).repeat(len(b), 0)
+        fresh = self.codec.decoder(z, torch.from_numpy(drawn)).clamp(0, 1)
         rows = [torch.cat(list(x[:, 0]), 1) for x in (a, b, same, fresh)]
         return (torch.cat(rows) * 255).round().byte().numpy()
 

@@ -1,0 +1,39 @@
+"""The recipes of the presets' three stages: how much data, how many steps, how fast.
+
+`base` is the paper's (200 epochs of 793 clips: about 2,500 steps of 64 in stage 1, ~10,000 of 16 in
+stage 2). `tiny` is what the shipped bundle was trained with on two CPU cores; `nano` is for tests.
+"""
+
+from dataclasses import dataclass
+
+from heartbeat_training.loop import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Data and recipes of a whole training run on phantoms."""
+
+    pairs: int  # anatomies for the codec, four frames each
+    clips: int  # anatomies for the denoiser, a whole clip each
+    codec: Recipe
+    stage1: Recipe
+    stage2: Recipe
+    first_seed: int = 10_000  # evaluation uses seeds from 900,000, the segmenter from 500,000
+
+
+PLANS = {
+    "nano": Plan(
+        pairs=6,
+        clips=8,
+        codec=Recipe(steps=30, batch=4, lr=2e-3, warmup=5, ema=0.9),
+        stage1=Recipe(steps=30, batch=8, lr=2e-3, warmup=5, ema=0.9),
+        stage2=Recipe(steps=10, batch=2, lr=1e-3, warmup=5, ema=0.9),
+    ),
+    "tiny": Plan(
+        pairs=1000,
+        clips=1500,
+        codec=Recipe(steps=3500, batch=8, lr=2e-3, warmup=100, ema=0.995),
+        stage1=Recipe(steps=2500, batch=48, lr=1e-3, warmup=200, ema=0.998),
+        stage2=Recipe(steps=900, batch=4, lr=5e-4, warmup=100, ema=0.995),
+    ),
+}

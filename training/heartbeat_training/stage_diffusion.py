@@ -1,0 +1,192 @@
+"""Stage 1 (images) and stage 2 (clips): denoising latents under randomly dropped conditions.
+
+Stage 1 trains the image model on single frames; sketch and image prior come from the clip's first
+frame while mask and valve are the frame's own, as they will be in a clip. Stage 2 freezes it and
+trains what sees time: temporal attention and the flow encoder. The paper trains with every
+condition on; dropping each on its own makes any subset, and guidance, work. Legend: B clips, F
+frames, M = B·F images, C channels, h w latents.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from heartbeat_fast.conditions import NAMES
+from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_only
+from heartbeat_fast.text import Tokenizer
+from heartbeat_training.clips import ClipCache
+
+DROP, DROP_ALL = 0.1, 0.1  # each condition's chance to be left out, and that of all together
+
+
+def alphas_cumprod(model: HeartBeat) -> Tensor:
+    """ᾱ of SD's "scaled_linear" schedule: √β runs linearly."""
+    c = model.config
+    beta = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - beta, 0).float()
+
+
+def encode_cache(model: HeartBeat, cache: ClipCache, folder: Path) -> NDArray[Any]:
+    """Latents (M, F, C, h, w) float16 of every clip, written beside it once per codec."""
+    file = folder / "latents.npy"
+    shape = (*cache.frames.shape[:2], model.config.codec.latent_channels)
+    shape = (*shape, cache.frames.shape[2] // 8, cache.frames.shape[3] // 8)
+    if not file.exists():
+        out = np.lib.format.open_memmap(folder / ".latents.npy", "w+", np.float16, shape)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for i in range(len(cache)):
+                frames = torch.from_numpy(cache.frames[i].astype(np.float32) / 255)[:, None]
+                out[i] = model.codec.encode(frames).float().numpy()  # type: ignore[operator]
+        (folder / ".latents.npy").rename(file)
+    return np.load(file, mmap_mode="r")
+
+
+class DiffusionStage:
+    """One stage of denoising training. `frames` per clip: 1 in stage 1, F in stage 2."""
+
+    def __init__(
+        self,
+        model: HeartBeat,
+        cache: ClipCache,
+        latents: NDArray[Any],
+        tokenizer: Tokenizer,
+        *,
+        stage: int,
+        batch: int,
+        train_cross_attention: bool = False,
+    ) -> None:
+        self.name = f"stage{stage}"
+        self.model, self.cache, self.latents = model, cache, latents
+        self.stage, self.batch = stage, batch
+        self._learned = stage_parameters(model, stage, train_cross_attention)
+        train_only(model, self._learned)
+        model.train()
+        self._alphas = alphas_cumprod(model)
+        self._tokens = np.concatenate([tokenizer.encode(row["text"]) for row in cache.rows])
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What this stage learns."""
+        return self._learned
+
+    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Mean squared error of the predicted noise or v."""
+        total = self.cache.frames.shape[1]
+        clips = np.sort(
+            rng.choice(len(self.cache), self.batch, replace=len(self.cache) < self.batch)
+        )
+        count = 1 if self.stage == 1 else total
+        frames = rng.integers(total, size=(self.batch, 1)) if count == 1 else None
+        conditions = self.conditions(clips, frames, drop(self.batch, rng, self.stage == 1))
+        z0 = torch.from_numpy(
+            np.stack(
+                [
+                    self.latents[c] if frames is None else self.latents[c, frames[i]]
+                    for i, c in enumerate(clips)
+                ]
+            ).astype(np.float32)
+        )
+        t = torch.randint(self.model.config.steps, (self.batch,))
+        noise = torch.randn_like(z0)
+        a = self._alphas[t][:, None, None, None, None]
+        z = a.sqrt() * z0 + (1 - a).sqrt() * noise
+        target = noise
+        if self.model.config.prediction == "v_prediction":
+            target = a.sqrt() * noise - (1 - a).sqrt() * z0
+        error = (self.model.predict(z, t, conditions).float() - target) ** 2
+        per_clip = error.mean((1, 2, 3, 4))
+        late = per_clip[t >= 500]
+        scalars = {"loss": per_clip.mean()}
+        return scalars | ({"loss_late": late.mean()} if len(late) else {})
+
+    def conditions(
+        self, clips: NDArray[Any], frames: NDArray[Any] | None, present: NDArray[np.float32]
+    ) -> dict[str, Tensor]:
+        """Model inputs of some clips; frames (B, K): which ones, None for all."""
+        cache = self.cache
+        every = np.arange(cache.frames.shape[1])
+        picked = [every if frames is None else frames[i] for i in range(len(clips))]
+
+        def grey(images: list[NDArray[Any]]) -> Tensor:
+            return torch.from_numpy(np.stack(images).astype(np.float32) / 255)
+
+        labels = torch.from_numpy(
+            np.stack([cache.labels[c, f] for c, f in zip(clips, picked, strict=True)])
+        )
+        flow = [cache.flow_of(c, f) for c, f in zip(clips, picked, strict=True)]
+        if self.stage == 1:  # the flow encoder learns in stage 2
+            flow = [np.zeros_like(f) for f in flow]
+        first = grey([cache.frames[c, 0] for c in clips])
+        ef = [[(cache.rows[c]["ef"] or 0.0) / 100] for c in clips]
+        return {
+            "tokens": torch.from_numpy(self._tokens[clips]),
+            "ef": torch.tensor(ef, dtype=torch.float32),
+            "image": first[:, None].expand(-1, 3, -1, -1),
+            "sketch": grey([cache.sketch[c] for c in clips])[:, None],
+            "mask": functional.one_hot(labels.long(), 4).permute(0, 1, 4, 2, 3).float(),
+            "skeleton": grey([cache.skeleton[c, f] for c, f in zip(clips, picked, strict=True)])[
+                :, :, None
+            ],
+            "flow": torch.from_numpy(np.stack(flow)),
+            "present": torch.from_numpy(present),
+        }
+
+    @torch.no_grad()
+    def picture(self, step: int) -> NDArray[np.uint8]:
+        """Rows: source, mask, sample with all conditions, with the mask only, with text only.
+
+        The samples are decoded without texture noise's motion: single frames, 10 DDIM steps.
+        """
+        self.model.eval()
+        clips = np.linspace(0, len(self.cache) - 1, 6).astype(int)
+        frames = np.full((6, 1), self.cache.frames.shape[1] // 2)
+        sets = (set(NAMES) - {"flow"}, {"mask"}, {"text"})
+        rows = [np.stack([self.cache.frames[c, f[0]] for c, f in zip(clips, frames, strict=True)])]
+        rows.append(
+            np.stack([self.cache.labels[c, f[0]] * 80 for c, f in zip(clips, frames, strict=True)])
+        )
+        for names in sets:
+            present = np.tile(np.float32([[n in names for n in NAMES]]), (6, 1))
+            z = self.sample(self.conditions(clips, frames, present), frames=1)
+            noise = torch.randn(6, 2, *self.cache.frames.shape[2:])
+            image = self.model.codec.decode(z[:, 0], noise)[:, 0]  # type: ignore[operator]
+            rows.append((image * 255).round().byte().numpy())
+        self.model.train()
+        return np.concatenate([np.concatenate(list(row), 1) for row in rows])
+
+    @torch.no_grad()
+    def sample(self, conditions: dict[str, Tensor], frames: int, steps: int = 10) -> Tensor:
+        """Plain DDIM for pictures during training: latents (B, F, C, h, w)."""
+        config = self.model.config
+        side = config.latent
+        count = len(conditions["present"])
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(
+            count, frames, config.codec.latent_channels, side, side, generator=generator
+        )
+        times = torch.linspace(config.steps - 1, 0, steps + 1).round().long()
+        for now, then in pairwise(times):
+            out = self.model.predict(z, now.expand(count), conditions).float()
+            a, b = self._alphas[now], self._alphas[then]
+            if config.prediction == "v_prediction":
+                z0, noise = a.sqrt() * z - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * z
+            else:
+                z0, noise = (z - (1 - a).sqrt() * out) / a.sqrt(), out
+            z = b.sqrt() * z0 + (1 - b).sqrt() * noise
+        return z
+
+
+def drop(batch: int, rng: np.random.Generator, images: bool) -> NDArray[np.float32]:
+    """Which conditions are present (B, 7): each dropped by itself, sometimes all; no flow in
+    images.
+    """
+    present = rng.random((batch, len(NAMES))) >= DROP
+    present &= rng.random((batch, 1)) >= DROP_ALL
+    if images:
+        present[:, NAMES.index("flow")] = False
+    return present.astype(np.float32)
