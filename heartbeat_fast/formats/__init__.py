@@ -1,5 +1,6 @@
 """Readers: one small file per kind, each with `read(path) -> Record`, chosen by suffix."""
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def open_record(path: str | Path) -> Record:
     path = readable(path)
     kind = _kind(path)
     try:
-        record: Record = import_module(f"{__name__}.{kind}").read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom warns page-long about damaged files
+            record: Record = import_module(f"{__name__}.{kind}").read(path)
     except (FileError, MissingDependency):
         raise
     except Exception as error:  # a hostile file makes the libraries raise anything at all
