@@ -86,6 +86,9 @@ class CodecStage:
             return torch.from_numpy(images[rows].astype(np.float32) / 255)[:, None]
 
         noise = torch.from_numpy(self.cache.noise[rows].astype(np.float32))
+        # The field ends with the sector, the texture noise of a generated clip does not: the decoder
+        # has to learn that nothing echoes outside.
+        noise = torch.where(noise == 0, torch.randn_like(noise), noise)
         return grey(self.cache.a), grey(self.cache.b), noise
 
     @torch.no_grad()
