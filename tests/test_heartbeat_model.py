@@ -266,7 +266,8 @@ def test_tiny_has_the_size_it_was_designed_for() -> None:
     assert sum(p.numel() for p in denoiser.parameters()) == pytest.approx(4.4e6, rel=0.05)
     with torch.device("meta"):
         meta = Denoiser(TINY.denoiser)
-        z, text = torch.randn(1, 16, 4, 32, 32), torch.randn(1, 78, 128)
+        shape = (1, 16, TINY.denoiser.latent_channels, 32, 32)
+        z, text = torch.randn(shape), torch.randn(1, 78, 128)
         kv = meta.context(text, torch.randn(1, 64, 128))
         share, temb = torch.randn(1, 16, 64, 32, 32), meta.time(torch.ones(1))
         with FlopCounterMode(display=False) as counter:
