@@ -1,0 +1,105 @@
+"""What this machine can run, and why not: engines, processor, file formats, the bundle."""
+
+import platform
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from heartbeat_fast import __version__
+from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.engines.base import engine_class, names
+from heartbeat_fast.engines.onnxruntime_engine import threads
+from heartbeat_fast.errors import BundleError
+from heartbeat_fast.inputs import sources
+
+# What an engine can gain from: half precision and integer dot products.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+ARM_FLAGS = ("asimddp", "bf16", "i8mm", "sve")
+FORMATS = {"cv2": "media", "av": "media", "nibabel": "formats", "pydicom": "dicom"}
+
+
+def examine(bundle: str | Path | None = None) -> dict[str, Any]:
+    """Everything `heartbeat doctor` says, as JSON values. Runs nothing and writes nothing."""
+    engines = {}
+    for name in names():
+        can, why = engine_class(name).available()
+        engines[name] = {"available": can, "detail": why}
+    checked = _bundle(bundle)
+    return {
+        "ready": checked["sound"] and any(engine["available"] for engine in engines.values()),
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": threads(),
+        "engines": engines,
+        "formats": {
+            module: True if find_spec(module) else f"pip install 'heartbeat_fast[{extra}]'"
+            for module, extra in FORMATS.items()
+        },
+        "sources": sorted(sources()),
+        "bundle": checked,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A report as lines to read."""
+    cpu, bundle = report["processor"], report["bundle"]
+    lines = [
+        f"heartbeat_fast {report['version']}, Python {report['python']}, {report['platform']}",
+        f"processor  {cpu['name']}, {report['threads']} threads, {', '.join(cpu['flags']) or '-'}",
+    ]
+    for name, engine in report["engines"].items():
+        lines.append(f"engine     {_tick(engine['available'])} {name}: {engine['detail']}")
+    for module, state in report["formats"].items():
+        lines.append(
+            f"formats    {_tick(state is True)} {module}{'' if state is True else ': '}"
+            f"{'' if state is True else state}"
+        )
+    lines.append(f"sources    {', '.join(report['sources']) or 'none'}")
+    lines.append(f"bundle     {_tick(bundle['sound'])} {bundle['detail']}")
+    lines.append("ready" if report["ready"] else "not ready: see the lines marked ✗")
+    return "\n".join(lines)
+
+
+def _tick(good: bool) -> str:
+    return "✓" if good else "✗"
+
+
+def _bundle(path: str | Path | None) -> dict[str, Any]:
+    try:
+        opened = Bundle.open(path)
+        opened.verify()
+    except BundleError as error:
+        return {"sound": False, "detail": str(error)}
+    manifest = opened.manifest
+    size = sum(graph.bytes for graph in manifest.graphs.values())
+    return {
+        "sound": True,
+        "detail": f"{manifest.name}: {manifest.frames} frames of {manifest.size}², "
+        f"{size / 1e6:.1f} MB, {len(manifest.graphs)} graphs verified, {opened.path}",
+        "path": str(opened.path),
+        "name": manifest.name,
+        "fingerprints": manifest.fingerprints,
+        "parity": manifest.parity,
+    }
+
+
+def _processor() -> dict[str, Any]:
+    """Name and the flags above; Linux tells both, elsewhere the name alone."""
+    facts: dict[str, str] = {}
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    arm = ARM_FLAGS if platform.machine() in ("aarch64", "arm64") else ()
+    return {
+        "name": name,
+        "machine": platform.machine(),
+        "flags": [flag for flag in (*FLAGS, *arm) if flag in flags],
+        "bits": 64 if sys.maxsize > 2**32 else 32,
+    }
