@@ -108,14 +108,18 @@ def test_conditions_drop_on_their_own_and_together() -> None:
 
 
 def test_nano_goes_from_phantoms_to_a_clip(tmp_path: Path) -> None:
-    from heartbeat_export.build import export_bundle
+    from heartbeat_export.build import build_bundle
     from heartbeat_fast.generator import Generator
+    from heartbeat_fast.models.heartbeat import HeartBeat
+    from heartbeat_fast.text import Tokenizer
     from heartbeat_training.phantom import record
     from heartbeat_training.pipeline import run_stage
 
-    for stage in ("codec", "stage1", "stage2"):
+    for stage in ("codec", "texture", "stage1", "stage2"):
         run_stage(stage, "nano", tmp_path / "run")
-    export_bundle(tmp_path / "run/model-stage2", tmp_path / "bundle", name="nano")
+    folder = tmp_path / "run/model-stage2"
+    tokenizer = Tokenizer.open(folder / "tokenizer.json")
+    build_bundle(HeartBeat.from_pretrained(folder), tokenizer, tmp_path / "bundle")
     generator = Generator.open(tmp_path / "bundle")
     clip = generator(record(3, frames=4, size=64).conditions(), steps=4, seed=1)
     assert clip.frames.shape == (4, 64, 64)

@@ -115,7 +115,10 @@ class HeartBeat(Conditioning):
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
             _write_json(folder / name / "config.json", _part_config(self.config, name, part))
             # Clones: safetensors refuses tensors that share memory.
-            state = {key: tensor.detach().clone() for key, tensor in part.state_dict().items()}
+            state = {
+                key: tensor.detach().clone(memory_format=torch.contiguous_format)
+                for key, tensor in part.state_dict().items()
+            }
             save_file(state, folder / name / _weights(name), metadata={"format": "pt"})
         _write_json(folder / INDEX, {**index, "config": to_dict(self.config)})
 

@@ -1,5 +1,5 @@
-"""heartbeat-train: codec → stage1 → stage2 on phantoms, each step resumable; `all` runs them in
-turn.
+"""heartbeat-train: codec → texture → stage1 → stage2 on phantoms, each step resumable; `all` runs
+them in turn.
 """
 
 import argparse
@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from heartbeat_fast.errors import HeartBeatError
+
+STAGES = ("codec", "texture", "stage1", "stage2")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,10 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heartbeat-train",
-        description="Train HeartBeat on phantoms: codec, stage 1 (images), stage 2 (clips).",
-        epilog="A run that was stopped or killed goes on where it was when started again.",
+        description="Train HeartBeat on phantoms: codec, texture, images (1), clips (2).",
     )
-    parser.add_argument("stage", choices=["codec", "stage1", "stage2", "all"])
+    parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--preset", choices=["nano", "tiny"], default="tiny")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of this run")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
@@ -47,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    stages = ["codec", "stage1", "stage2"] if arguments.stage == "all" else [arguments.stage]
+    stages = STAGES if arguments.stage == "all" else (arguments.stage,)
     for stage in stages:
         run_stage(
             stage,

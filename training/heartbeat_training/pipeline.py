@@ -1,7 +1,7 @@
 """A training run as a folder: data, checkpoints and the model after each stage.
 
-runs/NAME/{pairs, clips}/ rendered once; runs/NAME/{codec, stage1, stage2}/ checkpoints and
-TensorBoard; runs/NAME/model-{codec, stage1, stage2}/ what `heartbeat-export onnx` takes.
+runs/NAME/{pairs, clips}/ rendered once; runs/NAME/{codec, texture, stage1, stage2}/ checkpoints and
+TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes.
 """
 
 import json
@@ -18,11 +18,11 @@ from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
 from heartbeat_training.clips import ClipCache, phantoms
 from heartbeat_training.loop import train
 from heartbeat_training.recipes import PLANS, Plan
-from heartbeat_training.stage_codec import CodecStage, PairCache
+from heartbeat_training.stage_codec import CodecStage, PairCache, TextureStage
 from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache
 
 PROMPTS = ("An ECHO with 2-chamber view.", "An ECHO with 4-chamber view.", "An ECHO.", "")
-BEFORE = {"stage1": "codec", "stage2": "stage1"}
+BEFORE = {"texture": "codec", "stage1": "texture", "stage2": "stage1"}
 
 
 def run_stage(
@@ -35,17 +35,20 @@ def run_stage(
     console = Console(stderr=True)
     plan, config = PLANS[preset], PRESETS[preset]
     torch.manual_seed(plan.codec.seed)
-    if stage == "codec":
-        model = HeartBeat(config)
+    before = run / f"model-{BEFORE.get(stage, '')}"
+    if stage in BEFORE and not before.exists():
+        raise HeartBeatError(f"{before}: missing; run `heartbeat-train {BEFORE[stage]}` first")
+    model = HeartBeat.from_pretrained(before) if stage in BEFORE else HeartBeat(config)
+    if stage in ("codec", "texture"):
         PairCache.build(run / "pairs", _seeds(plan, plan.pairs, offset=1_000_000), 4, config.size)
-        codec = CodecStage(model.codec, PairCache(run / "pairs"), plan.codec.batch)
-        train(codec, plan.codec, run / stage, console)
-        codec.finish()
+        kind, recipe = (
+            (CodecStage, plan.codec) if stage == "codec" else (TextureStage, plan.texture)
+        )
+        codec = kind(model.codec, PairCache(run / "pairs"), recipe.batch)
+        train(codec, recipe, run / stage, console)
+        if stage == "codec":
+            codec.finish()
     else:
-        before = run / f"model-{BEFORE[stage]}"
-        if not before.exists():
-            raise HeartBeatError(f"{before}: missing; run `heartbeat-train {BEFORE[stage]}` first")
-        model = HeartBeat.from_pretrained(before)
         folder = run / "clips"
         records = phantoms(_seeds(plan, plan.clips), config.frames, config.size)
         ClipCache.build(folder, records, plan.clips)

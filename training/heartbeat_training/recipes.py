@@ -16,6 +16,7 @@ class Plan:
     pairs: int  # anatomies for the codec, four frames each
     clips: int  # anatomies for the denoiser, a whole clip each
     codec: Recipe
+    texture: Recipe  # the decoder alone, against the spectrum of speckle
     stage1: Recipe
     stage2: Recipe
     first_seed: int = 10_000  # evaluation uses seeds from 900,000, the segmenter from 500,000
@@ -26,14 +27,16 @@ PLANS = {
         pairs=6,
         clips=8,
         codec=Recipe(steps=30, batch=4, lr=2e-3, warmup=5, ema=0.9),
+        texture=Recipe(steps=10, batch=4, lr=1e-3, warmup=5, ema=0.9),
         stage1=Recipe(steps=30, batch=8, lr=2e-3, warmup=5, ema=0.9),
         stage2=Recipe(steps=10, batch=2, lr=1e-3, warmup=5, ema=0.9),
     ),
     "tiny": Plan(
         pairs=1000,
-        clips=1500,
-        codec=Recipe(steps=3500, batch=8, lr=2e-3, warmup=100, ema=0.995),
-        stage1=Recipe(steps=2500, batch=48, lr=1e-3, warmup=200, ema=0.998),
-        stage2=Recipe(steps=900, batch=4, lr=5e-4, warmup=100, ema=0.995),
+        clips=1250,
+        codec=Recipe(steps=3200, batch=8, lr=2e-3, warmup=100, ema=0.995),
+        texture=Recipe(steps=800, batch=8, lr=5e-4, warmup=50, ema=0.99),
+        stage1=Recipe(steps=1600, batch=32, lr=1e-3, warmup=150, ema=0.998),
+        stage2=Recipe(steps=600, batch=3, lr=5e-4, warmup=50, ema=0.99),
     ),
 }
