@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 .PHONY: demo test lint bench clean
 
 demo: $(DEMO)/.installed
-	$(DEMO)/bin/heartbeat sample --from phantom:7 --seed 1 --out out/demo.gif --preview --json out/demo.json
+	$(DEMO)/bin/heartbeat sample --from phantom:7 --seed 1 --out out/clip.gif --preview out/demo.gif --json out/demo.json
 
 test: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -q
