@@ -1,4 +1,4 @@
-"""HeartBeat's echocardiography generator as a compiled runtime. Importing it loads numpy, not torch."""
+"""HeartBeat's echo generator as a compiled runtime. Importing it loads numpy, not torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

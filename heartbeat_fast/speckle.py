@@ -46,7 +46,7 @@ def whiten(sums: NDArray[np.float32], energy: NDArray[np.float32]) -> NDArray[np
     Compression crowds scatterers and stretching thins them; without this the texture would brighten
     where tissue shortens.
     """
-    return sums / np.sqrt(np.maximum(energy, 0.05))
+    return np.asarray(sums / np.sqrt(np.maximum(energy, 0.05)), np.float32)
 
 
 def energy_of(
@@ -64,8 +64,9 @@ def energy_of(
 def box5(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """5×5 mean of an image (H, W), edges repeated."""
     padded = np.pad(image, 2, mode="edge")
-    rows = sum(padded[i : i + image.shape[0]] for i in range(5))
-    return np.asarray(sum(rows[:, i : i + image.shape[1]] for i in range(5)) / 25, np.float32)
+    height, width = image.shape
+    rows = np.sum([padded[i : i + height] for i in range(5)], axis=0)
+    return np.asarray(np.mean([rows[:, i : i + width] for i in range(5)], axis=0) / 5, np.float32)
 
 
 def texture(

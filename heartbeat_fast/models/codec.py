@@ -7,7 +7,7 @@ scatterers can. `KLCodec` is Stable Diffusion's. Legend: N frames, C channels, H
 latents.
 """
 
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from heartbeat_fast.models.config import CodecConfig
 
-Codec = nn.Module  # with encode (N,1,H,W) → (N,C,h,w) and decode (latents, noise) → (N,1,H,W)
-
-
 FILTERS, SPREAD = 8, 5  # steered filters, their width in blocks of 2 pixels
 
 
-class SupportsCodec(Protocol):
-    """What a codec offers; frames in [0, 1], latents of unit deviation, noise (N, 2, H, W)."""
+class Codec(nn.Module):
+    """Frames (N, 1, H, W) in [0, 1] to latents (N, C, h, w) of unit deviation, and back."""
 
-    def encode(self, frames: Tensor) -> Tensor: ...
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames → latents."""
+        raise NotImplementedError
 
-    def decode(self, z: Tensor, noise: Tensor) -> Tensor: ...
+    def decode(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Latents and texture noise (N, 2, H, W) → frames."""
+        raise NotImplementedError
 
 
 def build_codec(config: CodecConfig) -> Codec:
@@ -115,7 +116,7 @@ def _position(z: Tensor) -> Tensor:
     return grid[None].expand(z.shape[0], -1, -1, -1)
 
 
-class EchoCodec(nn.Module):
+class EchoCodec(Codec):
     """Encoder, decoder and the latents' mean and deviation (set once, after training)."""
 
     mean: Tensor
@@ -137,7 +138,7 @@ class EchoCodec(nn.Module):
         return self.decoder(z * self.deviation + self.mean, noise).clamp(0, 1)
 
 
-class KLCodec(nn.Module):
+class KLCodec(Codec):
     """diffusers' AutoencoderKL for grey frames; it keeps its own speckle and ignores the noise."""
 
     def __init__(self, config: CodecConfig) -> None:
@@ -146,7 +147,7 @@ class KLCodec(nn.Module):
 
         levels = len(config.widths)
         self.scale = config.scale
-        self.vae = AutoencoderKL(
+        self.vae: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=config.widths,

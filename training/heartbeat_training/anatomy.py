@@ -207,8 +207,8 @@ class Geometry:
         smooth = cv2.GaussianBlur(np.asarray(level, np.float32), (0, 0), self.size / 256 * 0.9)
         # fibre-like unevenness, 2–3 dB, coarse and fine
         for scale, strength in ((14, 2.2), (4, 1.3)):
-            field = rng.standard_normal(level.shape).astype(np.float32)
-            field = cv2.GaussianBlur(field, (0, 0), scale * self.size / 256)
+            noise = rng.standard_normal(level.shape).astype(np.float32)
+            field = cv2.GaussianBlur(noise, (0, 0), scale * self.size / 256)
             smooth += strength * field / field.std() * np.where(smooth > BLOOD + 8, 1, 0.35)
         return np.asarray(smooth + self._angle_loss(), np.float32)
 

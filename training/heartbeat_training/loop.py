@@ -188,7 +188,7 @@ def _writer(run: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(run / "tensorboard"))
 
 
 def _picture(stage: Stage, state: _State, writer: Any, step: int) -> None:

@@ -96,10 +96,10 @@ def move(geometry: Geometry, frames: int) -> Motion:
     material = grid
     for t in range(frames):
         for _ in range(4):
-            moved = cv2.remap(U, material, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            moved = fetch(U, material)
             material = (grid - r[t] - c[t] * moved).astype(np.float32)
         points[t] = material
-        labels[t] = cv2.remap(geometry.label, material, None, cv2.INTER_NEAREST)
+        labels[t] = fetch(geometry.label, material, cv2.INTER_NEAREST)
         labels[t][~inside] = 0
         if t + 1 < frames:
             step = (c[t + 1] - c[t]) * moved + (r[t + 1] - r[t])
@@ -145,11 +145,12 @@ def render(
         polar = compress(np.hypot(echo[0], echo[1]), gain, heart)
         images[t] = scan_convert(probe, polar.astype(np.float32))
         if field is not None:
-            local = cv2.remap(tissue.power, motion.material[t], None, cv2.INTER_LINEAR) + leaf
+            local = fetch(tissue.power, motion.material[t]) + leaf
             moving = weight / np.sqrt(power + clutter_level(probe, heart, x, y) ** 2)
             standing = haze / np.sqrt(at_nearest(local, still.x, still.y) + haze**2)
             sums = tissue.grains.on_grid(x, y, moving, size)
-            field[t] = (sums + still.on_grid(still.x, still.y, standing, size)) / UNIT
+            sums += still.on_grid(still.x, still.y, standing.astype(np.float32), size)
+            field[t] = sums / UNIT
     return images, field
 
 
@@ -201,6 +202,12 @@ class Tissue:
         y = self.grains.y + np.float32(c) * self._drift[1] + np.float32(r[1])
         crowding = np.maximum(1 + c * self._strain[0] + c * c * self._strain[1], 0.1)
         return x, y, self._power + at_nearest(leaf, x, y), crowding.astype(np.float32)
+
+
+def fetch(image: NDArray[Any], points: Map, how: int = cv2.INTER_LINEAR) -> NDArray[Any]:
+    """Values of an image at a grid of pixel positions (H, W, 2), x first, edges repeated."""
+    x, y = points[..., 0], points[..., 1]
+    return np.asarray(cv2.remap(image, x, y, how, borderMode=cv2.BORDER_REPLICATE))
 
 
 def at_nearest(image: NDArray[Any], x: Map, y: Map) -> NDArray[Any]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.models.codec import EchoCodec
 from heartbeat_fast.models.config import PRESETS
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
@@ -44,6 +45,7 @@ def run_stage(
         kind, recipe = (
             (CodecStage, plan.codec) if stage == "codec" else (TextureStage, plan.texture)
         )
+        assert isinstance(model.codec, EchoCodec)
         codec = kind(model.codec, PairCache(run / "pairs"), recipe.batch)
         train(codec, recipe, run / stage, console)
         if stage == "codec":

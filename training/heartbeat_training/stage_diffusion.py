@@ -42,7 +42,7 @@ def encode_cache(model: HeartBeat, cache: ClipCache, folder: Path) -> NDArray[An
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for i in range(len(cache)):
                 frames = torch.from_numpy(cache.frames[i].astype(np.float32) / 255)[:, None]
-                out[i] = model.codec.encode(frames).float().numpy()  # type: ignore[operator]
+                out[i] = model.codec.encode(frames).float().numpy()
         (folder / ".latents.npy").rename(file)
     return np.load(file, mmap_mode="r")
 
@@ -151,10 +151,10 @@ class DiffusionStage:
             np.stack([self.cache.labels[c, f[0]] * 80 for c, f in zip(clips, frames, strict=True)])
         )
         for names in sets:
-            present = np.tile(np.float32([[n in names for n in NAMES]]), (6, 1))
+            present = np.tile(np.array([[n in names for n in NAMES]], np.float32), (6, 1))
             z = self.sample(self.conditions(clips, frames, present), frames=1)
             noise = torch.randn(6, 2, *self.cache.frames.shape[2:])
-            image = self.model.codec.decode(z[:, 0], noise)[:, 0]  # type: ignore[operator]
+            image = self.model.codec.decode(z[:, 0], noise)[:, 0]
             rows.append((image * 255).round().byte().numpy())
         self.model.train()
         return np.concatenate([np.concatenate(list(row), 1) for row in rows])
