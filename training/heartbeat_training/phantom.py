@@ -21,15 +21,8 @@ from heartbeat_training.acoustics import (
     gain_map,
     scan_convert,
 )
-from heartbeat_training.anatomy import (
-    Geometry,
-    Map,
-    contraction,
-    opening,
-    sample,
-    sample_anatomy,
-    sway,
-)
+from heartbeat_training.anatomy import contraction, opening, sample_anatomy, sway
+from heartbeat_training.geometry import Geometry, Map, sample
 
 
 @dataclass(frozen=True)
