@@ -68,7 +68,12 @@ def run_stage(
         train(diffusion, recipe, run / stage, console)
     model.save_pretrained(run / f"model-{stage}")
     tokenizer(run).save(run / f"model-{stage}" / "tokenizer.json")
-    (run / f"model-{stage}" / "recipe.json").write_text(json.dumps(asdict(plan), indent=1))
+    provenance = {"data": "phantom (heartbeat_training.phantom)", "last_stage": stage}
+    provenance |= {"train_cross_attention": train_cross_attention, "plan": asdict(plan)}
+    if preset == "tiny":
+        card = (Path(__file__).parent / "card.md").read_text("utf-8")
+        (run / f"model-{stage}" / "README.md").write_text(card, "utf-8")
+    (run / f"model-{stage}" / "provenance.json").write_text(json.dumps(provenance, indent=1))
     return model
 
 
