@@ -159,9 +159,10 @@ def _summary(
         return np.array([row[key] for row in rows], float)
 
     def mean(rows: list[dict[str, Any]], key: str) -> float:
-        return float(np.nanmean(column(rows, key)))
+        return _mean(column(rows, key))
 
     gap = column(clips, "spectrum_db") - column(source, "spectrum_db")
+    gap = gap[np.isfinite(gap).all(1)]
     grain = column(clips, "speckle_ratio") / column(source, "speckle_ratio")
     return {
         "clips": len(clips),
@@ -171,17 +172,23 @@ def _summary(
         "dice_other": mean(clips, "dice_other"),
         "excess": mean(clips, "dice_other") - mean(clips, "overlap"),
         "ef_r": metrics.pearson(column(clips, "ef"), column(clips, "ef_asked")),
-        "ef_error": float(np.nanmean(np.abs(column(clips, "ef") - column(clips, "ef_asked")))),
-        "spectrum_gap": float(np.abs(np.nanmean(gap, 0)).max()),
-        "spectrum_gap_clip": float(np.nanmedian(np.abs(gap).max(1))),
+        "ef_error": _mean(np.abs(column(clips, "ef") - column(clips, "ef_asked"))),
+        "spectrum_gap": float(np.abs(gap.mean(0)).max()) if len(gap) else float("nan"),
+        "spectrum_gap_clip": float(np.median(np.abs(gap).max(1))) if len(gap) else float("nan"),
         "speckle_ratio": mean(clips, "speckle_ratio"),
-        "speckle_gap": float(np.nanmean(np.abs(grain - 1))),
+        "speckle_gap": _mean(np.abs(grain - 1)),
         "travel": mean(clips, "travel"),
         "travel_share": mean(clips, "travel") / mean(source, "travel"),
         "flicker": mean(clips, "flicker"),
         "flicker_share": mean(clips, "flicker") / mean(source, "flicker"),
         "flow_error": mean(clips, "flow_error"),
     }
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Mean of what is finite; NaN where nothing is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,15 @@ def tissue(frames: Frames, labels: NDArray[np.uint8]) -> Mask:
     """Where there is speckle to judge: bright on average, 3 pixels off the chambers and the rim.
 
     Averages over σ = 4 pixels between a quarter and four fifths of white: blood (below), and places
-    where compression clips (either end), say nothing of speckle.
+    where compression clips (either end), say nothing of speckle. Pixels are those of an image of
+    256 rows; they scale with it.
     """
     chambers = (labels == LV) | (labels == LA)
     out = np.empty(frames.shape, bool)
-    kernel = np.ones((7, 7), np.uint8)
+    scale = frames.shape[1] / 256
+    kernel = np.ones((2 * round(3 * scale) + 1,) * 2, np.uint8)
     for t, frame in enumerate(frames):
-        mean = cv2.GaussianBlur(frame.astype(np.float32), (0, 0), 4)
+        mean = cv2.GaussianBlur(frame.astype(np.float32), (0, 0), 4 * scale)
         good = (mean > 0.25 * 255) & (mean < 0.8 * 255) & ~chambers[t]
         out[t] = cv2.erode(good.astype(np.uint8), kernel) > 0
     return out
