@@ -188,8 +188,7 @@ class Generator:
         null = None
         if guidance != 1.0:
             null = self._null = self._null or self.encode(self._nothing(), watch)
-        shape = self._zeros("denoise", "z").shape
-        noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
+        noise = self._latent_noise(seed)
 
         def model(z: Float, i: int) -> Float:
             out = self._out(z, times[i], encoded)
@@ -227,6 +226,16 @@ class Generator:
                 f"engine {self.engine.name}: frames came out as NaN: try another engine"
             )
         return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+    def _latent_noise(self, seed: int) -> Float:
+        """Unit noise (1,F,C,h,w), part of its power common to all frames as in training: frames
+        drawn on their own would each settle on a brightness of their own, and flicker."""
+        shape = self._zeros("denoise", "z").shape
+        rng = np.random.Generator(np.random.PCG64(seed))
+        shared = np.float32(self.bundle.manifest.shared_noise)
+        own = rng.standard_normal(shape, np.float32)
+        common = rng.standard_normal((1, 1, *shape[2:]), np.float32)
+        return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
 
     def _out(self, z: Float, temb: Float, encoded: Encoded) -> Float:
         inputs = {"z": z, "temb": temb, "local": encoded.local, **encoded.context}

@@ -105,6 +105,9 @@ class HeartBeatConfig:
     local_hidden: int = 64  # inner width of the local encoders
     pretrained: bool = True  # text and image encoders come trained and stay frozen
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    # Share of a clip's noise power that all its frames have in common (mixed noise: Ge et al.,
+    # PYoCo, 2305.10474). Independent noise lets each frame settle on a brightness of its own.
+    shared_noise: float = 0.0
     beta_start: float = 0.00085
     beta_end: float = 0.012
     schedule: Literal["scaled_linear"] = "scaled_linear"
@@ -197,6 +200,7 @@ NANO = HeartBeatConfig(
     local_hidden=16,
     pretrained=False,
     prediction="v_prediction",
+    shared_noise=0.95,
 )
 
 TINY = replace(

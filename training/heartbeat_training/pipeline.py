@@ -7,6 +7,7 @@ TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -68,8 +69,9 @@ def run_stage(
         train(diffusion, recipe, run / stage, console)
     model.save_pretrained(run / f"model-{stage}")
     tokenizer(run).save(run / f"model-{stage}" / "tokenizer.json")
-    provenance = {"data": "phantom (heartbeat_training.phantom)", "last_stage": stage}
-    provenance |= {"train_cross_attention": train_cross_attention, "plan": asdict(plan)}
+    provenance: dict[str, Any] = {"data": "phantom (heartbeat_training.phantom)"}
+    provenance |= {"last_stage": stage, "train_cross_attention": train_cross_attention}
+    provenance["plan"] = asdict(plan)
     if preset == "tiny":
         card = (Path(__file__).parent / "card.md").read_text("utf-8")
         (run / f"model-{stage}" / "README.md").write_text(card, "utf-8")

@@ -7,6 +7,7 @@ condition on; dropping each on its own makes any subset, and guidance, work. Leg
 frames, M = B·F images, C channels, h w latents.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class DiffusionStage:
             ).astype(np.float32)
         )
         t = torch.randint(self.model.config.steps, (self.batch,))
-        noise = torch.randn_like(z0)
+        noise = mixed_noise(z0.shape, self.model.config.shared_noise)
         a = self._alphas[t][:, None, None, None, None]
         z = a.sqrt() * z0 + (1 - a).sqrt() * noise
         target = noise
@@ -166,9 +167,8 @@ class DiffusionStage:
         side = config.latent
         count = len(conditions["present"])
         generator = torch.Generator().manual_seed(0)
-        z = torch.randn(
-            count, frames, config.codec.latent_channels, side, side, generator=generator
-        )
+        shape = (count, frames, config.codec.latent_channels, side, side)
+        z = mixed_noise(shape, config.shared_noise, generator)
         times = torch.linspace(config.steps - 1, 0, steps + 1).round().long()
         for now, then in pairwise(times):
             out = self.model.predict(z, now.expand(count), conditions).float()
@@ -179,6 +179,15 @@ class DiffusionStage:
                 z0, noise = (z - (1 - a).sqrt() * out) / a.sqrt(), out
             z = b.sqrt() * z0 + (1 - b).sqrt() * noise
         return z
+
+
+def mixed_noise(
+    shape: Sequence[int], shared: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Unit noise (B, F, …) of which `shared` of the power is the same in all frames of a clip."""
+    common = torch.randn(shape[0], 1, *shape[2:], generator=generator)
+    own = torch.randn(*shape, generator=generator)
+    return shared**0.5 * common + (1 - shared) ** 0.5 * own
 
 
 def drop(batch: int, rng: np.random.Generator, images: bool) -> NDArray[np.float32]:
