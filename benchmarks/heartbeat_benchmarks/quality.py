@@ -35,17 +35,18 @@ class Plan:
     guidance: float = 1.0
 
 
-SHOWN = (
-    "ssim",
-    "ssim_share",
-    "dice",
-    "ef_r",
-    "spectrum_gap",
-    "speckle_ratio",
-    "travel_share",
-    "flicker_share",
-    "flow_error",
-)
+# Columns of the terminal's table, short enough for 80 characters.
+SHOWN = {
+    "ssim": "SSIM",
+    "ssim_share": "of twin",
+    "dice": "Dice",
+    "ef_r": "EF r",
+    "spectrum_gap": "dB",
+    "speckle_ratio": "grain",
+    "travel_share": "travel",
+    "flicker_share": "flicker",
+    "flow_error": "flow",
+}
 
 
 def judge_of(run: Path) -> Judge:
@@ -95,13 +96,13 @@ def run(bundle: Path | None, judge: Judge, plan: Plan) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Every set's figures, the targets below them."""
+    """Figures of every set; the last columns against the source's (`summarise` explains them)."""
     shown = Table(title=f"{result['fingerprint']['bundle']['name']}: {_about(result)}")
     shown.add_column("conditions")
-    for figure in SHOWN:
-        shown.add_column(figure.replace("_", " "), justify="right")
+    for title in SHOWN.values():
+        shown.add_column(title, justify="right", no_wrap=True)
     for name, summary in result["summary"].items():
-        shown.add_row(name, *(results.number(summary[figure]) for figure in SHOWN))
+        shown.add_row(name, *(results.number(summary[figure], 2) for figure in SHOWN))
     return shown
 
 
