@@ -66,7 +66,7 @@ class Manifest:
         created: UTC, ISO 8601.  revision: the source's git revision.
         frames, size: of a clip: F, and H = W in pixels.  latent: (C, h, w) of one frame.
         prediction: "v_prediction" or "epsilon".
-        shared_noise: share of a clip's noise power that all its frames have in common, 0 to 1.
+        shared_start: share of the initial noise's power that all frames have in common, 0 to 1.
         graphs: every name of GRAPHS.  files: samplers, tokenizer and card.
         fingerprints: arch (graphs without weights), weights (Merkle root of the tensors).
         parity: relative L2 error per graph and clip PSNR in dB, against torch.
@@ -83,7 +83,7 @@ class Manifest:
     size: int
     latent: tuple[int, ...]
     prediction: str
-    shared_noise: float
+    shared_start: float
     graphs: dict[str, GraphSpec]
     files: dict[str, FileSpec]
     fingerprints: dict[str, str]
@@ -187,8 +187,8 @@ def _manifest(data: Any) -> Manifest:
         raise BundleError(f"graphs: {', '.join(lacking)} missing; wanted {', '.join(GRAPHS)}")
     if lacking := [name for name in ("samplers", "tokenizer") if name not in manifest.files]:
         raise BundleError(f"files: {', '.join(lacking)} missing")
-    if not 0 <= manifest.shared_noise <= 1:
-        raise BundleError(f"shared_noise: {manifest.shared_noise} came; wanted 0 to 1")
+    if not 0 <= manifest.shared_start <= 1:
+        raise BundleError(f"shared_start: {manifest.shared_start} came; wanted 0 to 1")
     for spec in (*manifest.graphs.values(), *manifest.files.values()):
         if not _FILE_NAME.fullmatch(spec.file):
             raise BundleError(f"file name {spec.file!r} leaves the folder: refused")

@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     how = make.add_argument_group("how")
     how.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     how.add_argument("--guidance", type=float, default=1.0, help="default: %(default)s (none)")
+    how.add_argument(
+        "--temperature", type=float, default=0.8, help="variety: scale of the initial noise, 0-2"
+    )
     how.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     how.add_argument(
         "--sampler", default="dpmpp_2m", help="default: %(default)s; unipc, ddim, euler"
@@ -147,6 +150,7 @@ def _sample(options: argparse.Namespace) -> int:
             guidance=options.guidance,
             seed=options.seed,
             sampler=options.sampler,
+            temperature=options.temperature,
             spacing_mm=record.spacing_mm if record else (1.0, 1.0),
             fps=record.fps if record else 30.0,
             progress=progress,

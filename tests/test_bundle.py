@@ -30,7 +30,7 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
         "schema_version": SCHEMA_VERSION,
         **dict.fromkeys(("name", "preset", "created", "revision", "licence"), "x"),
         **{"frames": 4, "size": 64, "latent": [4, 8, 8], "prediction": "epsilon"},
-        "shared_noise": 0.5,
+        "shared_start": 0.5,
         **{"graphs": graphs, "files": files, "fingerprints": {}, "parity": {}, "provenance": {}},
         **changes,
     }

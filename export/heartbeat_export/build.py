@@ -79,7 +79,7 @@ def build_bundle(
             size=config.size,
             latent=(config.denoiser.latent_channels, config.latent, config.latent),
             prediction=config.prediction,
-            shared_noise=config.shared_noise,
+            shared_start=config.shared_start,
             graphs=graphs,
             files={},
             fingerprints={"arch": arch, "weights": weights_of(model)},

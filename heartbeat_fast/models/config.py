@@ -108,6 +108,9 @@ class HeartBeatConfig:
     # Share of a clip's noise power that all its frames have in common (mixed noise: Ge et al.,
     # PYoCo, 2305.10474). Independent noise lets each frame settle on a brightness of its own.
     shared_noise: float = 0.0
+    # The same for the noise that sampling starts from: the 5 % that training leaves to each frame
+    # still tripled flicker (docs/decisions.md).
+    shared_start: float = 0.0
     beta_start: float = 0.00085
     beta_end: float = 0.012
     schedule: Literal["scaled_linear"] = "scaled_linear"
@@ -201,6 +204,7 @@ NANO = HeartBeatConfig(
     pretrained=False,
     prediction="v_prediction",
     shared_noise=0.95,
+    shared_start=1.0,
 )
 
 TINY = replace(

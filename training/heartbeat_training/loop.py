@@ -96,6 +96,7 @@ def train(stage: Stage, recipe: Recipe, run: Path, console: Console | None = Non
             saved = time.monotonic()
         if stop.asked:
             raise SystemExit(f"stopped at step {step + 1}; the same command resumes")
+    stop.restore()
     state.use_ema()
     return sum(recent) / max(len(recent), 1)
 
@@ -214,6 +215,11 @@ class _StopSignal:
             signal.signal(signal.SIGTERM, self._note)
         except ValueError:  # not the main thread: a test runner's worker keeps its own handler
             self._previous = None
+
+    def restore(self) -> None:
+        """Give SIGTERM back to whoever had it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
