@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--clips", type=int, default=32, help="held-out phantoms (default: 32)")
     quality.add_argument("--segmenter", type=Path, default=Path("runs/segmenter"), metavar="RUN")
     pictures.add_argument("--out", type=Path, default=Path("docs/media"), metavar="DIR")
-    pictures.add_argument("--seed", type=int, default=900_007, help="of the phantom")
+    pictures.add_argument("--seed", type=int, default=900_016, help="of the phantom")
     pictures.add_argument(
         "--real", type=Path, metavar="FILE", help="a real clip; it goes to out/, never to docs/"
     )
