@@ -108,13 +108,12 @@ class Generator:
             steps: S, one of the counts the bundle has a table for.
             guidance: weight w of classifier-free guidance (Ho & Salimans, 2207.12598),
                 null + w (conditioned − null); 1 costs one model call a step, others two.
-            seed: of latent and texture noise. Same seed, same engine, same clip.
+            seed: of all noise. Same seed, same engine, same clip.
             temperature: scale of the initial noise; below 1 trades variety for likeness.
-            spacing_mm, fps: of the clip; the model does not know them.
-            progress: called with (steps done, S).
+            spacing_mm, fps: of the clip, unknown to the model. progress: called with (done, S).
 
         Returns:
-            The clip, frames (F,H,W); its provenance holds everything above and `timings_ms`.
+            The clip, frames (F,H,W); its provenance says all of this and `timings_ms`.
 
         Raises:
             ConditionError: conditions for another number of frames or size, or too long a text.
@@ -124,10 +123,10 @@ class Generator:
         table = pick(self._samplers, sampler, steps)
         if not (np.isfinite(guidance) and guidance >= 0 and 0 <= seed < 2**63):
             raise EngineError(f"guidance {guidance}, seed {seed} came; wanted both 0 or more")
-        watch = Stopwatch()
-        encoded = self.encode(conditions, watch)
         if not 0 <= temperature <= 2:
             raise EngineError(f"temperature {temperature} came; wanted 0 to 2")
+        watch = Stopwatch()
+        encoded = self.encode(conditions, watch)
         z = self.denoise(encoded, table, guidance, seed, watch, progress, temperature)
         frames = self.decode(z, conditions.flow, seed, watch)
         manifest = self.bundle.manifest

@@ -153,6 +153,8 @@ def test_wrong_input_is_one_clear_error(generator: Generator, ring: Conditions) 
     for options in ({"guidance": float("nan")}, {"guidance": -1.0}, {"seed": -1}):
         with pytest.raises(EngineError, match="wanted both 0 or more"):
             generator(ring, **options)
+    with pytest.raises(EngineError, match="temperature 3 came; wanted 0 to 2"):
+        generator(ring, temperature=3)
 
 
 def test_frames_that_are_no_numbers_are_refused(generator: Generator) -> None:

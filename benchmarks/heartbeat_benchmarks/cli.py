@@ -12,7 +12,8 @@ from heartbeat_fast.errors import HeartBeatError
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit code 1 when a quality target is missed, 2 for errors the user can mend."""
     arguments = _parser().parse_args(argv)
-    command = {"latency": _latency, "quality": _quality, "pictures": _pictures, "tables": _tables}
+    command = {"latency": _latency, "quality": _quality, "pictures": _pictures}
+    command |= {"tables": _tables, "real": _real}
     try:
         return command[arguments.command](arguments)
     except (HeartBeatError, OSError) as error:
@@ -55,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument(
         "--real", type=Path, metavar="FILE", help="a real clip; it goes to out/, never to docs/"
     )
+    real = commands.add_parser(
+        "real",
+        help="LV Dice and EF of clips made from real patients' conditions",
+        description="Reads half sequences with labels in CAMUS' layout; stores figures, no pixels.",
+    )
+    real.add_argument("folder", type=Path, metavar="DATABASE_NIFTI")
+    real.add_argument("--patients", type=int, default=100)
+    real.add_argument("--steps", type=int, default=10)
+    real.add_argument("--bundle", type=Path, metavar="DIR", help="default: the embedded one")
+    real.add_argument("--segmenter", type=Path, default=Path("runs/segmenter"), metavar="RUN")
+    real.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR")
     tables = commands.add_parser(
         "tables",
         help="put the newest results into documents",
@@ -121,6 +133,20 @@ def _quality(arguments: argparse.Namespace) -> int:
         console.print(line, highlight=False)
     console.print(f"raw rows: {path}", highlight=False, soft_wrap=True)
     return 0 if all(target["kept"] for target in result["targets"]) else 1
+
+
+def _real(arguments: argparse.Namespace) -> int:
+    from heartbeat_benchmarks import quality, real
+
+    judge = quality.judge_of(arguments.segmenter)
+    result = real.run(
+        arguments.bundle, judge, arguments.folder, arguments.patients, arguments.steps
+    )
+    path = results.save("real", result, arguments.results)
+    for name, value in result["summary"].items():
+        print(f"{name}: {value:.3f}")
+    print(f"raw rows: {path}")
+    return 0
 
 
 def _pictures(arguments: argparse.Namespace) -> int:

@@ -37,6 +37,6 @@ PLANS = {
         codec=Recipe(steps=3200, batch=8, lr=2e-3, warmup=100, ema=0.995),
         texture=Recipe(steps=800, batch=8, lr=5e-4, warmup=50, ema=0.99),
         stage1=Recipe(steps=1600, batch=32, lr=1e-3, warmup=150, ema=0.998),
-        stage2=Recipe(steps=600, batch=3, lr=5e-4, warmup=50, ema=0.99),
+        stage2=Recipe(steps=1000, batch=3, lr=5e-4, warmup=50, ema=0.99),
     ),
 }
