@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     tables = commands.add_parser(
         "tables",
         help="put the newest results into documents",
-        description="Fills <!-- bench:NAME --> … <!-- /bench -->; NAME: ladder, targets, latency.",
+        description="Fills <!-- bench:NAME --> … <!-- /bench -->: ladder, targets, latency, real.",
     )
     tables.add_argument("documents", type=Path, nargs="+", metavar="FILE.md")
     tables.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR")
@@ -166,12 +166,13 @@ def _pictures(arguments: argparse.Namespace) -> int:
 
 
 def _tables(arguments: argparse.Namespace) -> int:
-    from heartbeat_benchmarks import latency, quality
+    from heartbeat_benchmarks import latency, quality, real
 
     makers = {
         "ladder": ("quality", quality.ladder_markdown),
         "targets": ("quality", quality.targets_markdown),
         "latency": ("latency", latency.markdown),
+        "real": ("real", real.markdown),
     }
     for name, (kind, maker) in makers.items():
         path = results.newest(kind, arguments.results)

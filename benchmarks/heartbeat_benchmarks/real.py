@@ -60,3 +60,14 @@ def run(
         },
         "rows": rows,
     }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The summary as one sentence."""
+    s, count = result["summary"], result["workload"]["patients"]
+    return (
+        f"On the conditions of {count} interpolated CAMUS half sequences the LV segmented from the "
+        f"generated frames meets the patients' masks with a Dice of {s['dice_mean']:.3f} (median "
+        f"{s['dice_median']:.3f}, worst {s['dice_worst']:.3f}); EF by area–length against the "
+        f"masks': r {s['ef_r']:.2f}, bias {s['ef_bias']:+.1f} points."
+    )
