@@ -163,6 +163,7 @@ def test_pictures(nano_bundle: Bundle, tmp_path: Path) -> None:
         "mmode.png",
         "conditions.gif",
         "ladder.png",
+        "phantoms.png",
     }
     for path in written:
         with Image.open(path) as image:
