@@ -1,6 +1,6 @@
 """The phantom: moving scatterers imaged by a phased array, with exact masks, valve and flow.
 
-`record(seed)` gives what a loader of real clips gives; `simulate` adds what only a simulator knows:
+`record(seed)` gives what a loader of real clips gives; `render` adds what only a simulator knows:
 the scatterers' own field, for which the decoder's texture noise is a stand-in (models/codec.py).
 """
 
