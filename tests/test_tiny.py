@@ -48,6 +48,19 @@ def test_the_bundle_is_whole_and_small() -> None:
     assert bundle.manifest.parity["clip_psnr_db"] >= 40
 
 
+def test_the_torch_folder_is_the_same_model(source: Record, generator: Generator) -> None:
+    from heartbeat_export.build import weights_of
+    from heartbeat_fast.models.graphs import round_to_half
+    from heartbeat_fast.models.heartbeat import HeartBeat
+
+    folder = Bundle.open().path.parent / "tiny-torch"
+    model = round_to_half(HeartBeat.from_pretrained(folder))
+    assert weights_of(model) == Bundle.open().manifest.fingerprints["weights"]
+    ours = generator(source.conditions(), seed=1, steps=2).frames.astype(float)
+    theirs = Generator.open(engine=f"torch:{folder}")(source.conditions(), seed=1, steps=2).frames
+    assert 10 * np.log10(255**2 / max(((ours - theirs) ** 2).mean(), 1e-9)) >= 40
+
+
 def test_walls_stand_where_the_masks_ask(clip: Clip, source: Record) -> None:
     for frame in range(16):
         cavity, wall = levels(clip.frames, source, frame)
