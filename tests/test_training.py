@@ -1,5 +1,6 @@
 """Training end to end at nano size; a killed run goes on as if nothing had happened."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     last = Line()
     train(last, every, tmp_path / "killed")
     assert weights(last) == weights(whole)
+
+
+def test_sigterm_goes_back_to_its_owner_after_an_error(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        train(Line(die_at=2), RECIPE, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_training_learns(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--runs", type=int, help="clips per set (default: enough for p90)")
     latency.add_argument("--cold-starts", type=int, default=5)
     quality.add_argument("--clips", type=int, default=32, help="held-out phantoms (default: 32)")
+    quality.add_argument("--first-seed", type=int, default=900_000, help="of the phantoms")
     quality.add_argument("--segmenter", type=Path, default=Path("runs/segmenter"), metavar="RUN")
     pictures.add_argument("--out", type=Path, default=Path("docs/media"), metavar="DIR")
     pictures.add_argument("--seed", type=int, default=900_016, help="of the phantom")
@@ -121,6 +122,7 @@ def _quality(arguments: argparse.Namespace) -> int:
     plan = quality.Plan(
         engine=arguments.engine,
         clips=arguments.clips,
+        first_seed=arguments.first_seed,
         steps=arguments.steps,
         guidance=arguments.guidance,
         **_sets(arguments),

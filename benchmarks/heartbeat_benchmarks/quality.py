@@ -31,6 +31,7 @@ class Plan:
     engine: str = "auto"
     sets: tuple[str, ...] = tuple(SETS)
     clips: int = len(HELD_OUT)
+    first_seed: int = HELD_OUT.start
     steps: int = 10
     guidance: float = 1.0
 
@@ -68,7 +69,7 @@ def run(bundle: Path | None, judge: Judge, plan: Plan) -> dict[str, Any]:
     Raises: BundleError, EngineError, SamplerError as the generator does.
     """
     generator = Generator.open(bundle, plan.engine)
-    seeds = HELD_OUT[: plan.clips]
+    seeds = range(plan.first_seed, plan.first_seed + plan.clips)
     rows = []
     with Progress(transient=True) as progress:
         task = progress.add_task("clips", total=len(seeds) * (len(plan.sets) + 2))

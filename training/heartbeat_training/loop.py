@@ -60,13 +60,28 @@ def train(stage: Stage, recipe: Recipe, run: Path, console: Console | None = Non
     """Run a stage to its last step, resuming from `run` when it has a checkpoint.
 
     On return the stage's parameters hold the EMA weights. Returns the mean loss of the last 50
-    steps. Raises: CheckpointError when `run` belongs to another recipe.
+    steps. Raises: CheckpointError when `run` belongs to another stage.
     """
     console = console or Console(stderr=True)
     state = _State(stage.parameters(), recipe)
     start = _resume(state, recipe, stage.name, run, console)
+    with _StopSignal() as stop:
+        recent = _run(stage, state, recipe, run, start, stop, console)
+    state.use_ema()
+    return sum(recent) / max(len(recent), 1)
+
+
+def _run(
+    stage: Stage,
+    state: "_State",
+    recipe: Recipe,
+    run: Path,
+    start: int,
+    stop: "_StopSignal",
+    console: Console,
+) -> list[float]:
+    """Steps `start` to the last; returns the losses of the last 50."""
     writer = _writer(run)
-    stop = _StopSignal()
     recent: list[float] = []
     saved = time.monotonic()
     bar = tqdm(
@@ -96,9 +111,7 @@ def train(stage: Stage, recipe: Recipe, run: Path, console: Console | None = Non
             saved = time.monotonic()
         if stop.asked:
             raise SystemExit(f"stopped at step {step + 1}; the same command resumes")
-    stop.restore()
-    state.use_ema()
-    return sum(recent) / max(len(recent), 1)
+    return recent
 
 
 class _State:
@@ -216,7 +229,10 @@ class _StopSignal:
         except ValueError:  # not the main thread: a test runner's worker keeps its own handler
             self._previous = None
 
-    def restore(self) -> None:
+    def __enter__(self) -> "_StopSignal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Give SIGTERM back to whoever had it."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)

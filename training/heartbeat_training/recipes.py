@@ -1,7 +1,7 @@
 """The recipes of the presets' three stages: how much data, how many steps, how fast.
 
-`base` is the paper's (200 epochs of 793 clips: about 2,500 steps of 64 in stage 1, ~10,000 of 16 in
-stage 2). `tiny` is what the shipped bundle was trained with on two CPU cores; `nano` is for tests.
+`tiny` is close to what the shipped bundle was trained with on two CPU cores (its manifest says how
+it was really run, under provenance.as_run); `nano` is for tests. `base` has no recipe yet.
 """
 
 from dataclasses import dataclass
