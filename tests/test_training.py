@@ -13,7 +13,7 @@ from heartbeat_training import checkpoints
 from heartbeat_training.loop import Recipe, schedule, train
 from heartbeat_training.stage_diffusion import drop
 
-RECIPE = Recipe(steps=12, batch=1, lr=0.05, warmup=2, bf16=False, picture_every=100)
+RECIPE = Recipe(steps=12, batch=4, lr=0.05, warmup=2, bf16=False, picture_every=100)
 
 
 class Line:
@@ -29,10 +29,14 @@ class Line:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
         if step == self.die_at:
             raise KeyboardInterrupt
         x = torch.from_numpy(rng.standard_normal((4, 3), np.float32)) + 0.1 * torch.randn(4, 3)
+        return {"x": x[rows]}
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = batch["x"]
         return {"loss": ((self.model(x)[:, 0] - x.sum(1)) ** 2).mean()}
 
     def picture(self, step: int) -> None:
@@ -64,7 +68,7 @@ def test_sigterm_goes_back_to_its_owner_after_an_error(tmp_path: Path) -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     stage = Line()
-    train(stage, Recipe(steps=400, batch=1, lr=0.05, warmup=5, ema=0.9, bf16=False), tmp_path)
+    train(stage, Recipe(steps=400, batch=4, lr=0.05, warmup=5, ema=0.9, bf16=False), tmp_path)
     np.testing.assert_allclose(weights(stage)[:3], 1, atol=0.05)
 
 

@@ -1,7 +1,8 @@
 """One training loop for every stage: Adam, warm-up + cosine, EMA, bf16, checkpoints, TensorBoard.
 
-A stage says what is trained and what the loss of step i is. All randomness comes from (seed, i), so
-a killed run continues as if nothing had happened.
+A stage says what is trained, draws the rows of step i and states their loss. All randomness comes
+from (seed, i), so a killed run continues as if nothing had happened, and a batch may be split over
+processes or micro-batches.
 """
 
 import math
@@ -47,8 +48,16 @@ class Stage(Protocol):
         """Everything that learns, by its name in the model."""
         ...
 
-    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Scalars of one step; "loss" is minimised, all are logged."""
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """Some rows of the step's batch: data and everything random, leading axis = rows.
+
+        Random numbers are drawn for the whole batch, from `rng` or torch's global generator, so
+        that rows do not depend on how the batch is split; data are read for `rows` only.
+        """
+        ...
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars, means over the rows given; "loss" is minimised, all are logged. Not random."""
         ...
 
     def picture(self, step: int) -> np.ndarray[Any, Any] | None:
@@ -157,7 +166,7 @@ def _step(stage: Stage, state: _State, recipe: Recipe, step: int) -> dict[str, f
         group["lr"] = recipe.lr * schedule(step, recipe)
     device = next(iter(state.parameters.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
-        scalars = stage.loss(step, rng)
+        scalars = stage.loss(stage.draw(step, rng, slice(0, recipe.batch)))
     state.optimizer.zero_grad(set_to_none=True)
     scalars["loss"].backward()
     norm = nn.utils.clip_grad_norm_(state.parameters.values(), recipe.clip)

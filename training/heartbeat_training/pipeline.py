@@ -24,6 +24,7 @@ from heartbeat_training.stage_codec import CodecStage, PairCache, TextureStage
 from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache
 
 PROMPTS = ("An ECHO with 2-chamber view.", "An ECHO with 4-chamber view.", "An ECHO.", "")
+STAGES = ("codec", "texture", "stage1", "stage2")
 BEFORE = {"texture": "codec", "stage1": "texture", "stage2": "stage1"}
 
 

@@ -67,15 +67,22 @@ class CodecStage:
         """Encoder and decoder."""
         return dict(self.codec.named_parameters())
 
-    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """Frames a and b, b's noise field, and what disturbs the latents."""
+        picked = np.sort(rng.choice(len(self.cache), self.batch, replace=False))
+        a, b, noise = self._batch(picked)
+        channels = self.codec.mean.shape[1]
+        jitter = LATENT_NOISE * torch.randn(self.batch, channels, a.shape[2] // 8, a.shape[3] // 8)
+        batch = {"a": a, "b": b, "noise": noise, "jitter": jitter}
+        return {name: tensor[rows] for name, tensor in batch.items()}
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """L1 + a weak pull of each latent channel to zero mean and unit deviation."""
-        rows = np.sort(rng.choice(len(self.cache), self.batch, replace=False))
-        a, b, noise = self._batch(rows)
-        z = self.codec.encoder(a)
+        b = batch["b"]
+        z = self.codec.encoder(batch["a"])
         mean, var = z.float().mean((0, 2, 3)), z.float().var((0, 2, 3))
         hold = (mean**2).mean() + ((var - 1) ** 2).mean()
-        jitter = LATENT_NOISE * torch.randn_like(z)
-        pred = self.codec.decoder(z + jitter, noise).float()
+        pred = self.codec.decoder(z + batch["jitter"], batch["noise"]).float()
         l1 = (pred - b).abs().mean()
         # low-pass agreement: brightness and borders, which half the pixels' grain would outvote
         low = (F.avg_pool2d(pred, 8) - F.avg_pool2d(b, 8)).abs().mean()
@@ -131,22 +138,28 @@ class TextureStage(CodecStage):
         """The decoder; latents stay as they are."""
         return {k: p for k, p in self.codec.named_parameters() if k.startswith("decoder.")}
 
-    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """As in the codec stage, with noise as drawn at inference and where patches begin."""
+        batch = super().draw(step, rng, rows)
+        shift = torch.from_numpy(rng.integers(PATCH, size=2))
+        drawn = self.bank[rng.choice(TEXTURES, self.batch)][rows]
+        return batch | {"shift": shift.expand(len(drawn), 2), "drawn": drawn}
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """L1 + low-pass L1 + amplitude and mean-power differences of patches."""
-        rows = np.sort(rng.choice(len(self.cache), self.batch, replace=False))
-        a, b, noise = self._batch(rows)
+        b = batch["b"]
         with torch.no_grad():
-            z = self.codec.encoder(a)
-        pred = self.codec.decoder(z + LATENT_NOISE * torch.randn_like(z), noise).float()
+            z = self.codec.encoder(batch["a"])
+        pred = self.codec.decoder(z + batch["jitter"], batch["noise"]).float()
         l1 = (pred - b).abs().mean()
         low = (F.avg_pool2d(pred, 8) - F.avg_pool2d(b, 8)).abs().mean()
-        shift = tuple(int(v) for v in rng.integers(PATCH, size=2))
+        shift = tuple(int(v) for v in batch["shift"][0])
         made, real = amplitudes(pred, shift), amplitudes(b, shift)
         scale = real.mean((0, 1), keepdim=True) + 1e-6
         bins = ((made - real).abs() / scale).mean()
         # Per image, the mean power under noise as it is drawn at inference: no pairing to lean on,
         # and no median to seek, which undershoots a mean by 1–2 dB.
-        drawn = self.codec.decoder(z, self.bank[rng.choice(TEXTURES, self.batch)]).float()
+        drawn = self.codec.decoder(z, batch["drawn"]).float()
         power = [(x**2).mean(1) + 1e-6 for x in (amplitudes(drawn, shift), real)]
         band = (power[0].log() - power[1].log()).abs().mean()
         loss = l1 + low + 0.03 * bins + 0.1 * band

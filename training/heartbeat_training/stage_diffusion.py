@@ -69,37 +69,45 @@ class DiffusionStage:
         train_only(model, self._learned)
         model.train()
         self._alphas = alphas_cumprod(model)
+        self._known = np.ones((len(cache), len(NAMES)), np.float32)
+        self._known[:, NAMES.index("ef")] = [row["ef"] is not None for row in cache.rows]
         self._tokens = np.concatenate([tokenizer.encode(row["text"]) for row in cache.rows])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this stage learns."""
         return self._learned
 
-    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Mean squared error of the predicted noise or v."""
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """Conditions, clean latents z0 (B, F, C, h, w), times t (B,) and noise like z0."""
         total = self.cache.frames.shape[1]
-        clips = np.sort(
-            rng.choice(len(self.cache), self.batch, replace=len(self.cache) < self.batch)
-        )
+        few = len(self.cache) < self.batch
+        clips = np.sort(rng.choice(len(self.cache), self.batch, replace=few))
         count = 1 if self.stage == 1 else total
         frames = rng.integers(total, size=(self.batch, 1)) if count == 1 else None
-        conditions = self.conditions(clips, frames, drop(self.batch, rng, self.stage == 1))
-        z0 = torch.from_numpy(
-            np.stack(
-                [
-                    self.latents[c] if frames is None else self.latents[c, frames[i]]
-                    for i, c in enumerate(clips)
-                ]
-            ).astype(np.float32)
-        )
+        present = drop(self.batch, rng, self.stage == 1)
         t = torch.randint(self.model.config.steps, (self.batch,))
-        noise = mixed_noise(z0.shape, self.model.config.shared_noise)
-        a = self._alphas[t][:, None, None, None, None]
+        shape = (self.batch, count, *self.latents.shape[2:])
+        noise = mixed_noise(shape, self.model.config.shared_noise)
+        clips, picked = clips[rows], None if frames is None else frames[rows]
+        z0 = np.stack(
+            [
+                self.latents[c] if picked is None else self.latents[c, picked[i]]
+                for i, c in enumerate(clips)
+            ]
+        )
+        batch = self.conditions(clips, picked, present[rows])
+        rest = {"z0": torch.from_numpy(z0.astype(np.float32)), "t": t[rows], "noise": noise[rows]}
+        return batch | rest
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean squared error of the predicted noise or v."""
+        z0, t, noise = batch["z0"], batch["t"], batch["noise"]
+        a = self._alphas.to(t.device)[t][:, None, None, None, None]
         z = a.sqrt() * z0 + (1 - a).sqrt() * noise
         target = noise
         if self.model.config.prediction == "v_prediction":
             target = a.sqrt() * noise - (1 - a).sqrt() * z0
-        error = (self.model.predict(z, t, conditions).float() - target) ** 2
+        error = (self.model.predict(z, t, batch).float() - target) ** 2
         per_clip = error.mean((1, 2, 3, 4))
         late = per_clip[t >= 500]
         scalars = {"loss": per_clip.mean()}
@@ -124,6 +132,7 @@ class DiffusionStage:
             flow = [np.zeros_like(f) for f in flow]
         first = grey([cache.frames[c, 0] for c in clips])
         ef = [[(cache.rows[c]["ef"] or 0.0) / 100] for c in clips]
+        present = present * self._known[clips]
         return {
             "tokens": torch.from_numpy(self._tokens[clips]),
             "ef": torch.tensor(ef, dtype=torch.float32),
