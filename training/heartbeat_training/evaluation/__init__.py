@@ -1,0 +1,1 @@
+"""Evaluation as the field measures it: features, distances, figures of clips, privacy, tables."""
