@@ -1,7 +1,9 @@
 """A training run as a folder: data, checkpoints and the model after each stage.
 
-runs/NAME/{pairs, clips}/ rendered once; runs/NAME/{codec, texture, stage1, stage2}/ checkpoints and
-TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes.
+runs/NAME/{pairs, clips, …}/ rendered or read once; runs/NAME/{codec, texture, stage1, stage2}/
+checkpoints and TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes. Data are
+phantoms, or real patients (RealData): these have no known scatterers, so their codec learns against
+a critic, in one stage that makes speckle too.
 """
 
 import json
@@ -9,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -17,46 +20,49 @@ from heartbeat_fast.models.codec import EchoCodec
 from heartbeat_fast.models.config import PRESETS
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
+from heartbeat_training import real_data
 from heartbeat_training.clips import ClipCache, phantoms
 from heartbeat_training.loop import train
+from heartbeat_training.real_data import RealData
 from heartbeat_training.recipes import PLANS, Plan
+from heartbeat_training.stage_adversarial import AdversarialCodecStage
 from heartbeat_training.stage_codec import CodecStage, PairCache, TextureStage
 from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache
 
 PROMPTS = ("An ECHO with 2-chamber view.", "An ECHO with 4-chamber view.", "An ECHO.", "")
 STAGES = ("codec", "texture", "stage1", "stage2")
 BEFORE = {"texture": "codec", "stage1": "texture", "stage2": "stage1"}
+BEFORE_REAL = {"stage1": "codec", "stage2": "stage1"}
 
 
 def run_stage(
-    stage: str, preset: str, run: Path, *, train_cross_attention: bool = False
+    stage: str,
+    preset: str,
+    run: Path,
+    *,
+    train_cross_attention: bool = False,
+    data: RealData | None = None,
+    init: Path | None = None,
 ) -> HeartBeat:
     """Run one stage of a preset to its end and save the model folder `run/model-STAGE`.
 
-    Raises: HeartBeatError when the stage before it has not been run.
+    Args:
+        data: real patients; None for phantoms.
+        init: model folder that the first stage starts from; None for random weights.
+
+    Raises: HeartBeatError when the stage before it has not been run, or does not exist.
     """
     console = Console(stderr=True)
-    plan, config = PLANS[preset], PRESETS[preset]
-    torch.manual_seed(plan.codec.seed)
-    before = run / f"model-{BEFORE.get(stage, '')}"
-    if stage in BEFORE and not before.exists():
-        raise HeartBeatError(f"{before}: missing; run `heartbeat-train {BEFORE[stage]}` first")
-    model = HeartBeat.from_pretrained(before) if stage in BEFORE else HeartBeat(config)
+    plan = PLANS[preset if data is None else f"{preset}-real"]
+    model, start = _model(stage, preset, run, BEFORE if data is None else BEFORE_REAL, init)
+    tokenizer(run, init)
+    if data is not None and stage == "texture":
+        console.print("texture: real data train it in the codec stage; nothing to do")
+        return model
     if stage in ("codec", "texture"):
-        PairCache.build(run / "pairs", _seeds(plan, plan.pairs, offset=1_000_000), 4, config.size)
-        kind, recipe = (
-            (CodecStage, plan.codec) if stage == "codec" else (TextureStage, plan.texture)
-        )
-        assert isinstance(model.codec, EchoCodec)
-        codec = kind(model.codec, PairCache(run / "pairs"), recipe.batch)
-        train(codec, recipe, run / stage, console)
-        if stage == "codec":
-            codec.finish()
+        _train_codec(stage, model, plan, run, data, start is None, console)
     else:
-        folder = run / "clips"
-        records = phantoms(_seeds(plan, plan.clips), config.frames, config.size)
-        ClipCache.build(folder, records, plan.clips)
-        cache = ClipCache(folder)
+        cache, folder = _clips(stage, model, plan, run, data)
         recipe = plan.stage1 if stage == "stage1" else plan.stage2
         diffusion = DiffusionStage(
             model,
@@ -68,24 +74,115 @@ def run_stage(
             train_cross_attention=train_cross_attention,
         )
         train(diffusion, recipe, run / stage, console)
-    model.save_pretrained(run / f"model-{stage}")
-    tokenizer(run).save(run / f"model-{stage}" / "tokenizer.json")
-    provenance: dict[str, Any] = {"data": "phantom (heartbeat_training.phantom)"}
-    provenance |= {"last_stage": stage, "train_cross_attention": train_cross_attention}
-    provenance["plan"] = asdict(plan)
-    if preset == "tiny":
-        card = (Path(__file__).parent / "card.md").read_text("utf-8")
-        (run / f"model-{stage}" / "README.md").write_text(card, "utf-8")
-    (run / f"model-{stage}" / "provenance.json").write_text(json.dumps(provenance, indent=1))
+    _save(model, stage, preset, run, plan, data, start, train_cross_attention)
     return model
 
 
-def tokenizer(run: Path) -> Tokenizer:
-    """The run's tokenizer, trained on the prompts when first asked for."""
+def _model(
+    stage: str, preset: str, run: Path, before: dict[str, str], init: Path | None
+) -> tuple[HeartBeat, str | None]:
+    """The model a stage starts with, and what it goes back to (None: random weights)."""
+    torch.manual_seed(PLANS[preset].codec.seed)
+    if stage in before:
+        folder = run / f"model-{before[stage]}"
+        if not folder.exists():
+            raise HeartBeatError(f"{folder}: missing; run `heartbeat-train {before[stage]}` first")
+        kept = json.loads((folder / "provenance.json").read_text()).get("init")
+        return HeartBeat.from_pretrained(folder), kept
+    if init is None:
+        return HeartBeat(PRESETS[preset]), None
+    return HeartBeat.from_pretrained(init), init.name
+
+
+def _train_codec(
+    stage: str,
+    model: HeartBeat,
+    plan: Plan,
+    run: Path,
+    data: RealData | None,
+    scratch: bool,
+    console: Console,
+) -> None:
+    """The codec stages: pairs of speckles of phantoms, or real frames against a critic."""
+    assert isinstance(model.codec, EchoCodec)
+    size = model.config.size
+    if data is not None:
+        file = run / "frames.npy"
+        if not file.exists():
+            run.mkdir(parents=True, exist_ok=True)
+            np.save(run / ".frames.npy", real_data.plain_frames(data, size))
+            (run / ".frames.npy").rename(file)
+        frames = np.load(file, mmap_mode="r")
+        real = AdversarialCodecStage(model.codec, frames, plan.codec.batch, encoder=scratch)
+        train(real, plan.codec, run / stage, console)
+        real.finish()
+        return
+    PairCache.build(run / "pairs", _seeds(plan, plan.pairs, offset=1_000_000), 4, size)
+    recipe = plan.codec if stage == "codec" else plan.texture
+    kind = CodecStage if stage == "codec" else TextureStage
+    codec = kind(model.codec, PairCache(run / "pairs"), recipe.batch)
+    train(codec, recipe, run / stage, console)
+    if stage == "codec":
+        codec.finish()
+
+
+def _clips(
+    stage: str, model: HeartBeat, plan: Plan, run: Path, data: RealData | None
+) -> tuple[ClipCache, Path]:
+    """What the denoiser learns from, built once, and where it lies."""
+    config = model.config
+    if data is None:
+        folder = run / "clips"
+        records = phantoms(_seeds(plan, plan.clips), config.frames, config.size)
+        ClipCache.build(folder, records, plan.clips)
+    elif stage == "stage1":
+        folder = run / "clips-stage1"
+        count = plan.clips * (len(data.sequences()) + len(data.stills()))
+        ClipCache.build(folder, real_data.pairs(data, config.size, plan.clips), count)
+    else:
+        folder = run / "clips-stage2"
+        count = plan.clips * len(data.sequences())
+        records = real_data.clips(data, config.frames, config.size, plan.clips)
+        ClipCache.build(folder, records, count)
+    return ClipCache(folder), folder
+
+
+def _save(
+    model: HeartBeat,
+    stage: str,
+    preset: str,
+    run: Path,
+    plan: Plan,
+    data: RealData | None,
+    start: str | None,
+    train_cross_attention: bool,
+) -> None:
+    """Model, tokenizer, card and where all of it comes from."""
+    folder = run / f"model-{stage}"
+    model.save_pretrained(folder)
+    tokenizer(run).save(folder / "tokenizer.json")
+    provenance: dict[str, Any] = {"data": "phantom (heartbeat_training.phantom)"}
+    if data is not None:
+        provenance = {
+            "data": f"{len(data.sequences())} sequences, {len(data.stills())} ED/ES pairs of "
+            f"{data.folder.name}; weights inherit its licence",
+            "held_out": data.held_out(),
+        }
+    provenance |= {"last_stage": stage, "train_cross_attention": train_cross_attention}
+    provenance |= {"plan": asdict(plan), "init": start}
+    if preset == "tiny" and data is None:
+        card = (Path(__file__).parent / "card.md").read_text("utf-8")
+        (folder / "README.md").write_text(card, "utf-8")
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
+
+
+def tokenizer(run: Path, init: Path | None = None) -> Tokenizer:
+    """The run's tokenizer: when first asked for, that of `init`, else trained on the prompts."""
     file = run / "tokenizer.json"
     if not file.exists():
         run.mkdir(parents=True, exist_ok=True)
-        train_tiny_tokenizer(PROMPTS).save(file)
+        given = init / "tokenizer.json" if init else None
+        (Tokenizer.open(given) if given else train_tiny_tokenizer(PROMPTS)).save(file)
     return Tokenizer.open(file)
 
 

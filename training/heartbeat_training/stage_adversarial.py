@@ -1,0 +1,163 @@
+"""The codec on real frames, whose scatterers nobody knows: blurred L1 for what latents can say,
+band power and a patch discriminator for the grain they cannot.
+
+The decoder makes grain from texture noise as after the phantom stages; only what holds it to the
+truth differs. Discriminator and codec learn in one step: each sees the other as a constant. Legend:
+N frames, H W pixels.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from heartbeat_fast.models.codec import EchoCodec
+from heartbeat_fast.speckle import texture
+from heartbeat_training.stage_codec import LATENT_NOISE, PATCH, TEXTURES, amplitudes
+
+BLUR = 2.5  # pixels: what is smoother is anatomy, what is finer is grain
+WIDTHS = (32, 64, 96)
+# Weights of the losses: tried first on these frames with a frozen encoder (docs/decisions.md).
+LOW, ADVERSARIAL, BAND, HOLD = 8.0, 0.06, 0.1, 0.01
+WARM = 150  # steps before the discriminator is believed
+BANDS = 8  # of radial frequency, from DC's neighbour to 0.35 cycles/pixel
+
+
+class PatchCritic(nn.Module):
+    """Frames (N, 1, H, W) → one score per 22×22 patch; real high, made low.
+
+    Every weight is divided by its largest singular value (Miyato et al., 1802.05957), computed
+    exactly: the matrices are small, and power iteration would carry state from step to step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        sides = (2, *WIDTHS)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(b, a, 4, 4) / (16 * a) ** 0.5)
+            for a, b in zip(sides[:-1], sides[1:], strict=True)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in WIDTHS)
+        self.out = nn.Parameter(torch.randn(1, WIDTHS[-1], 1, 1) / WIDTHS[-1] ** 0.5)
+
+    def forward(self, frames: Tensor, frozen: bool = False) -> Tensor:
+        low = blur(frames)
+        x = torch.cat([low, 4 * (frames - low)], 1)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            w, b = (weight.detach(), bias.detach()) if frozen else (weight, bias)
+            w = w / torch.linalg.matrix_norm(w.flatten(1).float(), ord=2)
+            x = F.leaky_relu(F.conv2d(x, w.to(x.dtype), b.to(x.dtype), stride=2), 0.2)
+        out = self.out.detach() if frozen else self.out
+        return F.conv2d(x, out / torch.linalg.vector_norm(out))
+
+
+def blur(frames: Tensor) -> Tensor:
+    """Gaussian of σ = BLUR pixels, (N, 1, H, W), edges repeated."""
+    reach = int(3 * BLUR)
+    taps = torch.arange(-reach, reach + 1, device=frames.device, dtype=frames.dtype)
+    taps = torch.exp(-((taps / BLUR) ** 2) / 2)
+    taps = (taps / taps.sum()).reshape(1, 1, 1, -1)
+    padded = F.pad(frames, (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, taps), taps.transpose(2, 3))
+
+
+class AdversarialCodecStage:
+    """Codec and critic on frames (M, H, W) uint8; the encoder learns only in a codec from scratch.
+
+    A trained encoder stays as it is: its latents hold no grain, and a denoiser may already know
+    them.
+    """
+
+    name = "codec"
+
+    def __init__(
+        self, codec: EchoCodec, frames: NDArray[np.uint8], batch: int, *, encoder: bool
+    ) -> None:
+        self.codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.frames, self.batch, self.encoder = frames, batch, encoder
+        self.critic = PatchCritic()
+        bank = [texture(None, 1, frames.shape[-1], seed)[0] for seed in range(TEXTURES)]
+        self.bank = torch.from_numpy(np.stack(bank))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Decoder and critic, and a new codec's encoder."""
+        kept = "" if self.encoder else "decoder."
+        found = {k: p for k, p in self.codec.named_parameters() if k.startswith(kept)}
+        return found | {f"critic.{k}": p for k, p in self.critic.named_parameters()}
+
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """Frames, texture noise, what disturbs the latents, where patches begin, the step."""
+        few = len(self.frames) < self.batch
+        picked = np.sort(rng.choice(len(self.frames), self.batch, replace=few))[rows]
+        side = self.frames.shape[-1] // 8
+        jitter = torch.randn(self.batch, self.codec.mean.shape[1], side, side)
+        shift = torch.from_numpy(rng.integers(PATCH, size=2)).expand(len(picked), 2)
+        return {
+            "frames": self._grey(picked),
+            "noise": self.bank[rng.choice(TEXTURES, self.batch)[rows]],
+            "jitter": LATENT_NOISE * jitter[rows],
+            "shift": shift,
+            "step": torch.full((len(picked),), step),
+        }
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """8·L1 of blurred frames + L1 + band power + hinge losses of both players."""
+        real = batch["frames"]
+        with torch.set_grad_enabled(self.encoder):
+            z = self.codec.encoder(real)
+        made = self.codec.decoder(z + batch["jitter"], batch["noise"]).float()
+        l1, low = (made - real).abs().mean(), (blur(made) - blur(real)).abs().mean()
+        band = _band_gap(made, real, tuple(int(v) for v in batch["shift"][0]))
+        fool = -self.critic(made, frozen=True).float().mean()
+        judge = (
+            F.relu(1 - self.critic(real).float()).mean()
+            + F.relu(1 + self.critic(made.detach()).float()).mean()
+        )
+        believed = ADVERSARIAL if int(batch["step"][0]) >= WARM else 0.0
+        loss = LOW * low + l1 + BAND * band + believed * fool + judge
+        scalars = {"l1": l1, "low": low, "band": band, "fool": fool, "judge": judge}
+        if self.encoder:
+            mean, var = z.float().mean((0, 2, 3)), z.float().var((0, 2, 3))
+            scalars["hold"] = (mean**2).mean() + ((var - 1) ** 2).mean()
+            loss = loss + HOLD * scalars["hold"]
+        return {"loss": loss} | scalars
+
+    def _grey(self, rows: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(self.frames[rows].astype(np.float32) / 255)[:, None]
+
+    @torch.no_grad()
+    def picture(self, step: int) -> NDArray[np.uint8]:
+        """Rows: real, decoded with noise, decoded without."""
+        real = self._grey(np.linspace(0, len(self.frames) - 1, 4).astype(int))
+        z = self.codec.encoder(real)
+        noise = self.bank[:4]
+        rows = [real, self.codec.decoder(z, noise), self.codec.decoder(z, 0 * noise)]
+        strips = [torch.cat(list(x.clamp(0, 1)[:, 0]), 1) for x in rows]
+        return (torch.cat(strips) * 255).round().byte().numpy()
+
+    @torch.no_grad()
+    def finish(self, samples: int = 256) -> None:
+        """A new encoder's latents get their mean and deviation from `samples` frames."""
+        if not self.encoder:
+            return
+        rows = np.linspace(0, len(self.frames) - 1, min(samples, len(self.frames))).astype(int)
+        z = torch.cat([self.codec.encoder(part) for part in self._grey(rows).split(16)])
+        self.codec.mean.copy_(z.mean((0, 2, 3), keepdim=True))
+        self.codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
+
+
+def _band_gap(made: Tensor, real: Tensor, shift: tuple[int, ...]) -> Tensor:
+    """|log power| differences per radial band over each frame's patches, mean over frames."""
+    gaps = []
+    spectra = [(amplitudes(x, shift) ** 2).mean(1) for x in (made, real)]
+    side = spectra[0].shape[-2]
+    row, col = torch.fft.fftfreq(side), torch.fft.rfftfreq(side)
+    radius = torch.hypot(row[:, None], col[None, :])
+    band = ((radius - 0.02) / 0.33 * BANDS).floor().long().to(made.device)
+    for b in range(BANDS):
+        power = [s[:, band == b].mean(1) + 1e-4 for s in spectra]
+        gaps.append((power[0].log() - power[1].log()).abs().mean())
+    return torch.stack(gaps).mean()
