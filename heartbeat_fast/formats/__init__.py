@@ -1,11 +1,11 @@
 """Readers: one small file per kind, each with `read(path) -> Record`, chosen by suffix."""
 
-import warnings
 from importlib import import_module
 from pathlib import Path
 
-from heartbeat_fast.errors import FileError, MissingDependency
+from heartbeat_fast.errors import FileError
 from heartbeat_fast.files import readable
+from heartbeat_fast.formats.limits import reading
 from heartbeat_fast.record import Record
 
 _READERS = {
@@ -39,14 +39,8 @@ def open_record(path: str | Path) -> Record:
     """
     path = readable(path)
     kind = _kind(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom warns page-long about damaged files
-            record: Record = import_module(f"{__name__}.{kind}").read(path)
-    except (FileError, MissingDependency):
-        raise
-    except Exception as error:  # a hostile file makes the libraries raise anything at all
-        raise FileError(f"{path}: not readable as {kind} ({_first_line(error)})") from error
+    with reading(path, kind):
+        record: Record = import_module(f"{__name__}.{kind}").read(path)
     return record
 
 
@@ -59,7 +53,3 @@ def _kind(path: Path) -> str:
         if file.read(132)[128:] == b"DICM":  # DICOM files often have no suffix
             return "dicom"
     raise FileError(f"{path}: unknown kind of file; wanted one of {', '.join(SUFFIXES)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from heartbeat_fast.errors import FileError, optional
 from heartbeat_fast.files import check_pixels
+from heartbeat_fast.formats.limits import check_density, check_picture, reading
 from heartbeat_fast.record import Record, view_in
 
 CENTIMETRES = 3  # PhysicalUnitsXDirection
@@ -26,6 +27,9 @@ def read(path: Path) -> Record:
     count = int(dataset.get("NumberOfFrames", 1) or 1)
     samples = int(dataset.SamplesPerPixel)
     check_pixels(path, count, dataset.Rows, dataset.Columns, samples)
+    check_picture(path, dataset.Rows, dataset.Columns)
+    announced = count * dataset.Rows * dataset.Columns * samples
+    check_density(path, announced, len(dataset.PixelData))
     pixels = dataset.pixel_array.reshape(count, dataset.Rows, dataset.Columns, samples)
     frames = _grey(pixels, str(dataset.PhotometricInterpretation))
     rows, columns, spacing = _region(dataset)
@@ -35,9 +39,21 @@ def read(path: Path) -> Record:
         spacing_mm=spacing,
         fps=_fps(dataset),
         view=view_in(words),
-        patient=hashlib.sha256(str(dataset.get("PatientID", "")).encode()).hexdigest()[:12],
+        patient=_patient(dataset),
         source=path.name,
     )
+
+
+def patient(path: Path) -> str:
+    """The patient as `read` gives it, without reading pixels; "" where the file names none."""
+    with reading(path, "dicom"):
+        dcmread = optional("pydicom", "formats").dcmread
+        return _patient(dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"]))
+
+
+def _patient(dataset: Any) -> str:
+    identity = str(dataset.get("PatientID") or "").strip()
+    return hashlib.sha256(identity.encode()).hexdigest()[:12] if identity else ""
 
 
 def _grey(pixels: NDArray[Any], photometric: str) -> NDArray[np.uint8]:

@@ -3,6 +3,8 @@
 `patient0001_4CH_half_sequence.nii.gz`, its labels `..._gt.nii.gz` and `Info_4CH.cfg` beside it.
 """
 
+import gzip
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from heartbeat_fast.conditions import NUM_LABELS
 from heartbeat_fast.errors import FileError, optional
 from heartbeat_fast.files import check_pixels
 from heartbeat_fast.record import Record, view_in
+
+CHUNK = 2**24  # bytes read at once
 
 
 def read(path: Path) -> Record:
@@ -49,10 +53,45 @@ def _upright(path: Path) -> tuple[NDArray[Any], tuple[float, float]]:
     image = optional("nibabel", "formats").load(path)
     if len(image.shape) not in (2, 3):
         raise FileError(f"{path}: {image.shape} came; wanted (W,H) or (W,H,F)")
-    check_pixels(path, *image.shape)
-    values = np.asarray(image.dataobj)
+    values = values_of(path, image)
     column, row = (float(zoom) for zoom in image.header.get_zooms()[:2])
     return (values if values.ndim == 3 else values[..., None]).T, (row, column)
+
+
+def values_of(path: Path, image: Any, volume: int | None = None) -> NDArray[Any]:
+    """The numbers of a NIfTI-1 file, axes as on disk, scaled as its header says.
+
+    Memory grows with the bytes that are there, never with those a header announces.
+
+    Args:
+        image: this file, as nibabel opens it.
+        volume: of a 4-D file, the one (x,y,z) wanted; the rest is passed over, not kept.
+
+    Raises:
+        FileError: too large, cut short, or its numbers are of no kind for an image.
+    """
+    stored = image.dataobj
+    shape, dtype, offset = stored.shape, stored.dtype, int(stored.offset)
+    if dtype.kind not in "iuf" or offset < 0:
+        raise FileError(f"{path}: numbers of type {dtype} at byte {offset}; wanted grey values")
+    if volume is not None:
+        check_pixels(path, *shape)
+        offset += volume * math.prod(shape[:3]) * dtype.itemsize
+        shape = shape[:3]
+    check_pixels(path, *shape)
+    wanted = math.prod(shape) * dtype.itemsize
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        file.seek(offset)
+        data = bytearray()
+        while len(data) < wanted:
+            piece = file.read(min(wanted - len(data), CHUNK))
+            if not piece:
+                raise FileError(f"{path}: ends after {len(data)} of {wanted} bytes of values")
+            data += piece
+    values = np.ndarray(shape, dtype, data, order="F")
+    if (stored.slope, stored.inter) == (1.0, 0.0):
+        return values
+    return values * np.float32(stored.slope) + np.float32(stored.inter)
 
 
 def _grey(path: Path, values: NDArray[Any]) -> NDArray[np.uint8]:

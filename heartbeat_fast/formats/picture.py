@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from heartbeat_fast.files import check_pixels
+from heartbeat_fast.formats.limits import check_picture
 from heartbeat_fast.record import Record, view_in
 
 
@@ -14,6 +15,7 @@ def read(path: Path) -> Record:
     """All frames in grey; transparent pixels become black."""
     with Image.open(path) as image:
         check_pixels(path, getattr(image, "n_frames", 1), image.height, image.width)
+        check_picture(path, image.height, image.width)
         frames, milliseconds = [], []
         for frame in ImageSequence.Iterator(image):
             frames.append(_grey(frame))

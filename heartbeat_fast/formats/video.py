@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from heartbeat_fast.errors import FileError, optional
 from heartbeat_fast.files import LARGEST, check_pixels
+from heartbeat_fast.formats.limits import check_picture
 from heartbeat_fast.record import Record, view_in
 
 
@@ -18,6 +19,7 @@ def read(path: Path) -> Record:
             raise FileError(f"{path}: no video stream in it")
         stream = container.streams.video[0]
         check_pixels(path, stream.height, stream.width)
+        check_picture(path, stream.height, stream.width)
         most = LARGEST // (stream.height * stream.width)
         frames: list[NDArray[np.uint8]] = []
         for frame in container.decode(stream):
