@@ -1,9 +1,9 @@
 """A training run as a folder: data, checkpoints and the model after each stage.
 
 runs/NAME/{pairs, clips, …}/ rendered or read once; runs/NAME/{codec, texture, stage1, stage2}/
-checkpoints and TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes. Data are
-phantoms, or real patients (RealData): these have no known scatterers, so their codec learns against
-a critic, in one stage that makes speckle too.
+checkpoints and TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes. Data
+are phantoms, or real patients (RealData): these have no known scatterers, so their codec learns
+against a critic, in one stage that makes speckle too.
 """
 
 import json

@@ -95,7 +95,7 @@ def pairs(data: RealData, size: int, variants: int) -> Iterator[Record]:
     for variant in range(variants):
         for i, record in enumerate(sequences):
             rng = np.random.Generator(np.random.PCG64([variant, i]))
-            other = rng.integers(1, len(record.frames))
+            other = int(rng.integers(1, len(record.frames)))
             assert record.labels is not None
             index = [0, other]
             two = replace(record, frames=record.frames[index], labels=record.labels[index])

@@ -136,14 +136,18 @@ class SegmenterStage:
         """All of the network."""
         return dict(self.model.named_parameters())
 
-    def loss(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """Changed frames (B, 1, S, S) in [0, 1] and their labels (B, S, S)."""
+        picked = rng.integers(len(self.frames), size=self.batch)
+        seen = [augment(self.frames[r], self.labels[r], rng) for r in picked][rows]
+        grey = torch.from_numpy(np.stack([image for image, _ in seen]))[:, None]
+        return {"grey": grey, "wanted": torch.from_numpy(np.stack([label for _, label in seen]))}
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy + (1 − soft Dice of the three structures), Milletari et al. 1606.04797."""
         self.model.train()
-        rows = rng.integers(len(self.frames), size=self.batch)
-        seen = [augment(self.frames[r], self.labels[r], rng) for r in rows]
-        grey = torch.from_numpy(np.stack([image for image, _ in seen]))[:, None]
-        wanted = torch.from_numpy(np.stack([label for _, label in seen])).long()
-        logits = self.model(grey.to(memory_format=torch.channels_last)).float()
+        wanted = batch["wanted"].long()
+        logits = self.model(batch["grey"].to(memory_format=torch.channels_last)).float()
         share = logits.softmax(1)[:, 1:]
         truth = F.one_hot(wanted, NUM_LABELS).permute(0, 3, 1, 2)[:, 1:].float()
         both = 2 * (share * truth).sum((0, 2, 3)) / (share + truth).sum((0, 2, 3)).clamp(min=1.0)

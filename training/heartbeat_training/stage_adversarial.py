@@ -6,6 +6,7 @@ truth differs. Discriminator and codec learn in one step: each sees the other as
 N frames, H W pixels.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,7 @@ class PatchCritic(nn.Module):
         super().__init__()
         sides = (2, *WIDTHS)
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(b, a, 4, 4) / (16 * a) ** 0.5)
-            for a, b in zip(sides[:-1], sides[1:], strict=True)
+            nn.Parameter(torch.randn(b, a, 4, 4) / (16 * a) ** 0.5) for a, b in pairwise(sides)
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in WIDTHS)
         self.out = nn.Parameter(torch.randn(1, WIDTHS[-1], 1, 1) / WIDTHS[-1] ** 0.5)

@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Train; an interrupted run goes on where it was."""
     import torch
 
-    from heartbeat_training.pipeline import STAGES, RealData, run_stage
+    from heartbeat_training.pipeline import STAGES, run_stage
+    from heartbeat_training.real_data import RealData
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
