@@ -138,7 +138,9 @@ def _clips(
     elif stage == "stage1":
         folder = run / "clips-stage1"
         count = plan.clips * (len(data.sequences()) + len(data.stills()))
-        ClipCache.build(folder, real_data.pairs(data, config.size, plan.clips), count)
+        ClipCache.build(
+            folder, real_data.pairs(data, config.frames, config.size, plan.clips), count
+        )
     else:
         folder = run / "clips-stage2"
         count = plan.clips * len(data.sequences())

@@ -85,12 +85,12 @@ def still_pair(files: tuple[Path, Path], size: int) -> Record:
     )
 
 
-def pairs(data: RealData, size: int, variants: int) -> Iterator[Record]:
+def pairs(data: RealData, frames: int, size: int, variants: int) -> Iterator[Record]:
     """Clips of two frames for stage 1: the first gives sketch and image prior, either is learned.
 
     Per variant: each sequence's first frame with one of its others, each patient's ED and ES.
     """
-    sequences = [open_record(file).standardised(16, size) for file in data.sequences()]
+    sequences = [open_record(file).standardised(frames, size) for file in data.sequences()]
     stills = [still_pair(files, size) for files in data.stills()]
     for variant in range(variants):
         for i, record in enumerate(sequences):
