@@ -7,7 +7,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 from heartbeat_fast.errors import FileError
 from heartbeat_fast.files import readable
 from heartbeat_fast.formats import open_record
-from heartbeat_fast.record import Record
+from heartbeat_fast.record import Record, view_in
+from heartbeat_training.datasets import metaimage
 from heartbeat_training.datasets.base import DatasetError, Entry, ListedDataset
 
 VIEWS = ("2CH", "4CH")
@@ -72,8 +73,13 @@ class CamusDataset(ListedDataset):
         if kind not in KINDS:
             raise DatasetError(f"kind: {kind!r} came; wanted {' or '.join(KINDS)}")
         views = VIEWS if view is None else (view,)
-        lists, source = ({}, "own lists") if splits else _lists(root, fold)
-        self.folders = _patients(root)
+        self.folders, old = _patients(root)
+        lists: Mapping[str, Iterable[str]] = old
+        source = "official folders"
+        if splits:
+            lists, source = splits, "own lists"
+        elif not old or fold is not None:
+            lists, source = _lists(root, fold)
         entries = [
             Entry(f"{path.name} {view}", patient, partial(_READERS[kind], path, view))
             for patient, path in self.folders.items()
@@ -81,12 +87,12 @@ class CamusDataset(ListedDataset):
             if _complete(path, view, kind)
         ]
         here = {entry.patient for entry in entries}
-        listed = {patient for patients in (splits or lists).values() for patient in patients}
+        listed = {patient for patients in lists.values() for patient in patients}
         notes = {
             "listed patients without such clips here": len(listed - here),
             "patients here in no list": len(here - listed),
         }
-        super().__init__(f"camus {kind}", entries, splits or lists, source, notes)
+        super().__init__(f"camus {kind}", entries, lists, source, notes)
 
     def info(self, patient: str, view: str) -> CamusInfo:
         """The cfg of a patient's view.
@@ -101,7 +107,8 @@ class CamusDataset(ListedDataset):
 
 def recognises(folder: Path) -> bool:
     """True for a folder of this layout."""
-    return bool(_patients(folder, wanted=False))
+    bases = [folder / name for name in ("database_nifti", "training", "testing")]
+    return any(map(_folders, (folder, *bases)))
 
 
 def read_info(path: Path) -> CamusInfo:
@@ -130,13 +137,12 @@ def read_info(path: Path) -> CamusInfo:
 
 
 def _sequence(folder: Path, view: str) -> Record:
-    # labels, spacing, cfg and the reversal of backward clips come with the reader of this format
-    return open_record(_image(folder, view, "half_sequence"))
+    return _open(folder, view, "half_sequence")
 
 
 def _stills(folder: Path, view: str) -> Record:
     """[ED, ES]; the frame rate is that of the pair, so that the time between them is kept."""
-    ed, es = (open_record(_image(folder, view, phase)) for phase in ("ED", "ES"))
+    ed, es = (_open(folder, view, phase) for phase in ("ED", "ES"))
     if ed.frames.shape != es.frames.shape:
         raise FileError(
             f"{folder.name} {view}: ED {ed.frames.shape[1:]} and ES {es.frames.shape[1:]} came; "
@@ -160,22 +166,57 @@ def _stills(folder: Path, view: str) -> Record:
 _READERS = {"sequences": _sequence, "stills": _stills}
 
 
-def _image(folder: Path, view: str, part: str) -> Path:
-    path = folder / f"{folder.name}_{view}_{part}.nii.gz"
-    return path if path.is_file() else path.with_suffix("")
+def _image(folder: Path, view: str, part: str) -> Path | None:
+    """The file of one part: NIfTI as released now, or MetaImage as released first."""
+    stem = f"{folder.name}_{view}_{part}"
+    names = (f"{stem}.nii.gz", f"{stem}.nii", f"{stem.replace('half_', '')}.mhd")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _open(folder: Path, view: str, part: str) -> Record:
+    path = _image(folder, view, part)
+    if path is None:
+        raise FileError(f"{folder}: no {view} {part} in it any more")
+    if path.suffix != ".mhd":
+        # labels, spacing, cfg and the turn of backward clips come with the reader of NIfTI
+        return open_record(path)
+    clip, info = metaimage.read(path), read_info(folder / f"Info_{view}.cfg")
+    order = -1 if (info.ed or 0) > (info.es or np.inf) else 1
+    return replace(
+        clip,
+        frames=np.ascontiguousarray(clip.frames[::order]),
+        labels=None if clip.labels is None else np.ascontiguousarray(clip.labels[::order]),
+        fps=info.fps or clip.fps,
+        ef=info.ef,
+        view=view_in(view),
+        patient=_old_name(folder),
+    )
 
 
 def _complete(folder: Path, view: str, kind: str) -> bool:
     parts = ("half_sequence",) if kind == "sequences" else ("ED", "ES")
-    return all(_image(folder, view, part).is_file() for part in parts)
+    return all(_image(folder, view, part) for part in parts)
 
 
-def _patients(root: Path, wanted: bool = True) -> dict[str, Path]:
-    base = root / "database_nifti" if (root / "database_nifti").is_dir() else root
-    found = {path.name: path for path in sorted(base.glob("patient[0-9]*")) if path.is_dir()}
-    if wanted and not found:
+def _folders(base: Path) -> list[Path]:
+    return [path for path in sorted(base.glob("patient[0-9]*")) if path.is_dir()]
+
+
+def _patients(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """Folders by patient; and of the old release, its two parts as splits."""
+    for base in (root / "database_nifti", root):
+        if found := _folders(base):
+            return {path.name: path for path in found}, {}
+    old = {"train": _folders(root / "training"), "test": _folders(root / "testing")}
+    if not any(old.values()):
         raise DatasetError(f"{root}: no database_nifti/patient0001 in it; wanted a CAMUS release")
-    return found
+    folders = {_old_name(path): path for paths in old.values() for path in paths}
+    return folders, {split: [_old_name(path) for path in paths] for split, paths in old.items()}
+
+
+def _old_name(folder: Path) -> str:
+    """The old release counts its 50 test patients from 1 again."""
+    return f"testing/{folder.name}" if folder.parent.name == "testing" else folder.name
 
 
 def _lists(root: Path, fold: int | None) -> tuple[dict[str, list[str]], str]:
