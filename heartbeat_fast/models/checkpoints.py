@@ -3,7 +3,7 @@
 Spellings of SD1.5, see `unet_name`, `vae_name`, `text_name`: the original single file (LDM names),
 diffusers' folders with current and with deprecated attention names, text encoders with and without
 `text_model.`. Each stored tensor lands exactly once, or nothing is loaded and one error lists every
-fault. Only safetensors are read: they hold numbers, no code.
+fault. Stable Diffusion is read from safetensors only, which hold numbers and no code.
 """
 
 import re
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.models.weight_files import CheckpointError as CheckpointError
+from heartbeat_fast.models.weight_files import read as read
+from heartbeat_fast.models.weight_files import read_any
 
 if TYPE_CHECKING:
     from heartbeat_fast.models.heartbeat import HeartBeat
@@ -59,12 +59,11 @@ SINGLE_FILE = {  # the parts' prefixes in the original file
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
+# What CLIP's own folder holds besides its text encoder.
+CLIP_OTHERS = re.compile(r"vision_model\.|(visual|text)_projection\.|logit_scale$")
+CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 # The original file also holds averaged weights and the noise schedule, which we do not take.
 NOT_WEIGHTS = re.compile(r"model_ema\.|(betas|logvar|posterior_\w+|\w*alphas_\w+)$")
-
-
-class CheckpointError(HeartBeatError):
-    """A weight file is missing, unreadable, or does not fit; lists every tensor at fault."""
 
 
 def unet_name(key: str, layers: int = 2) -> str:
@@ -116,22 +115,6 @@ def _resnet_name(key: str) -> str:
     for old, new in RESNET_BY_LDM.items():
         key = key.replace(f".{old}.", f".{new}.")
     return key
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: missing, truncated, or another format.
-    """
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: wanted a .safetensors file; other formats can hold code")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def rename(state: State, name: Callable[[str], str | None]) -> dict[str, Tensor]:
@@ -230,6 +213,25 @@ def load_sd15_state(model: "HeartBeat", parts: Mapping[str, State], source: Path
             unet[key] = torch.zeros_like(tensor)
     land(model.denoiser, unet)
     land(vae_model, vae)
+    land(text_model, text)
+
+
+def load_clip(text_model: nn.Module, path: str | Path) -> None:
+    """Puts CLIP's text encoder (ViT-L/14 for `base`) into a CLIPTextModel of its size.
+
+    Args:
+        path: CLIP's own transformers folder, a text encoder's folder, or one of their files.
+
+    Raises:
+        CheckpointError: unreadable, or missing, extra or mis-shaped tensors, all listed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / name for name in CLIP_FILES]
+        path = next((file for file in files if file.is_file()), files[0])
+    state = {k: t for k, t in read_any(path).items() if not CLIP_OTHERS.match(k)}
+    text = text_state(text_model, state)
+    raise_for(faults("text_encoder", text_model.state_dict(), text), path)
     land(text_model, text)
 
 

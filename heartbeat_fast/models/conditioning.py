@@ -158,20 +158,27 @@ class Conditioning(nn.Module):
         x = self.text_encoder(input_ids=tokens).last_hidden_state
         return torch.cat([x, self.ef_token(ef, flag(present, "ef", 2)).to(x.dtype)], dim=1)
 
+    def image_embedding(self, image: Tensor) -> Tensor:
+        """What the image encoder makes of images (B,3,H,W) in [0,1], as MedSAM takes them: no mean
+        or deviation is removed. (B,C,S/patch,S/patch)."""
+        size = self.config.image.size
+        if image.shape[-1] != size:
+            image = functional.interpolate(image, size=(size, size), mode="bilinear")
+        return self.image_encoder(pixel_values=image).last_hidden_state
+
     def image_context(self, image: Tensor, present: Tensor) -> Tensor:
         """Image tokens.
 
         Args:
-            image: (B,3,H,W) in [0,1], as MedSAM takes it: no mean or deviation is removed.
+            image: (B,3,H,W) in [0,1], or its `image_embedding` (B,C,S/patch,S/patch), which a
+                frozen encoder need compute only once.
             present: (B,7).
 
         Returns:
             (B,grid²,D), zero where the image is absent.
         """
-        size = self.config.image.size
-        if image.shape[-1] != size:
-            image = functional.interpolate(image, size=(size, size), mode="bilinear")
-        x = self.adapter(self.image_encoder(pixel_values=image).last_hidden_state)
+        embedded = image.shape[1] == self.config.image.channels
+        x = self.adapter(image if embedded else self.image_embedding(image))
         return x * flag(present, "image", 3)
 
     def local_features(
