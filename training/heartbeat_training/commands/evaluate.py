@@ -1,0 +1,41 @@
+"""`heartbeat-train evaluate`: every figure the field measures, for one set of conditions."""
+
+import argparse
+
+from heartbeat_training.evaluation import setup
+
+HELP = "figures of a bundle or model on held-out patients or phantoms"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    setup.add_model(parser)
+    setup.add_data(parser)
+    parser.add_argument(
+        "--conditions",
+        metavar="A,B",
+        help="a subset of text,ef,image,sketch,mask,skeleton,flow (default: the paper's six)",
+    )
+    setup.add_measures(parser)
+    setup.add_out(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generate, measure, print, write the result file."""
+    from rich.console import Console
+
+    from heartbeat_fast.conditions import check_names
+    from heartbeat_training.evaluation import paper, report
+
+    asked = arguments.conditions
+    names = check_names(n.strip() for n in asked.split(",")) if asked else paper.SIX
+    console = Console()
+    opened = setup.open_all(arguments)
+    sets = setup.scored(opened, {"+".join(names): (names, opened.sampling)}, console)
+    content = setup.content_of(opened, arguments, sets)
+    path = setup.save("evaluate", content, arguments.out)
+    for one in sets.values():
+        console.print(report.figures_table(one, content["ceiling"], content["workload"]))
+    for line in report.notes(content["workload"], sets):
+        console.print(line, highlight=False)
+    console.print(f"raw rows: {path}", highlight=False, soft_wrap=True)
