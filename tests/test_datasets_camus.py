@@ -155,6 +155,70 @@ def test_odd_patients_are_named(root: Path) -> None:
             CamusDataset(root, **option)
 
 
+def metaimage(folder: Path, stem: str, values: NDArray[np.uint8]) -> Path:
+    """As the first release stored it: 0.308 mm along a row, 0.154 mm down a column."""
+    folder.mkdir(parents=True, exist_ok=True)
+    itk = pytest.importorskip("SimpleITK", reason="SimpleITK reads the old release")
+    image = itk.GetImageFromArray(values)
+    image.SetSpacing((0.308, 0.154, 1.0)[: values.ndim])
+    itk.WriteImage(image, str(folder / f"{stem}.mhd"))
+    return folder / f"{stem}.mhd"
+
+
+def test_the_old_release_gets_square_pixels(tmp_path: Path) -> None:
+    rows = np.repeat(np.arange(20, dtype=np.uint8) * 10, 2)  # pairs of equal rows: averaged exactly
+    image = np.tile(rows[:, None], (1, W))
+    labels = np.tile(np.repeat(np.arange(20, dtype=np.uint8) % 4, 2)[:, None], (1, W))
+    for part, name in (("training", "patient0001"), ("testing", "patient0001")):
+        folder = tmp_path / part / name
+        metaimage(folder, f"{name}_2CH_sequence", np.stack([image + i for i in range(F)]))
+        for phase in ("ED", "ES"):
+            metaimage(folder, f"{name}_2CH_{phase}", image[None])
+            if part == "training":
+                metaimage(folder, f"{name}_2CH_{phase}_gt", labels[None])
+        (folder / "Info_2CH.cfg").write_text("ED: 6\nES: 1\nEF: 40\n")
+    data = CamusDataset(tmp_path, kind="stills")
+    assert data.split_source == "official folders"
+    assert data.splits()["test"] == ["testing/patient0001"]  # another patient of the same number
+    pair = next(data.records("train"))
+    assert pair.frames.shape == (2, 20, W)
+    assert pair.spacing_mm == pytest.approx((0.308, 0.308))
+    assert np.array_equal(pair.frames[0, :, 0], np.arange(20) * 10)
+    assert pair.labels is not None
+    assert np.array_equal(pair.labels[0, :, 0], np.arange(20) % 4)
+    assert next(data.records("test")).labels is None
+    clip = next(CamusDataset(tmp_path).records("test"))
+    assert (clip.patient, clip.view, clip.ef, clip.labels) == (
+        "testing/patient0001",
+        "A2C",
+        40.0,
+        None,
+    )
+    assert clip.frames[0, 0, 0] == F - 1  # ED is frame 6: turned
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("patient0001_4CH_ED.raw", "../../../secret.raw", "wanted a .raw file beside it"),
+        ("DimSize = 40 30", "DimSize = 40000 20000", "announces .* has 1200 bytes"),
+        ("DimSize = 40 30", "DimSize = 400000 200000", "announces 400000 x 200000 values"),
+        ("DimSize = 40 30", "DimSize = many", "DimSize is missing"),
+        ("MET_UCHAR", "MET_OTHER", "wanted plain"),
+    ],
+    ids=["path", "short", "huge", "words", "type"],
+)
+def test_lying_metaimage_headers(tmp_path: Path, old: str, new: str, message: str) -> None:
+    folder = tmp_path / "training/patient0001"
+    for phase in ("ED", "ES"):
+        path = metaimage(folder, f"patient0001_4CH_{phase}", np.zeros((H, W), np.uint8))
+        text = path.read_text()
+        assert phase == "ES" or old in text
+        path.write_text(text.replace(old, new))
+    with pytest.raises(FileError, match=message):
+        next(CamusDataset(tmp_path, "4CH", kind="stills").records("train"))
+
+
 @needs_camus
 def test_real_patients() -> None:
     data = CamusDataset(REAL, view="4CH")

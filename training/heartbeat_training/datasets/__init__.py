@@ -53,12 +53,10 @@ def open_dataset(folder: str | Path, kind: str | None = None, **options: Any) ->
     layout = kind if kind in LAYOUTS else layout_of(folder)
     if kind is not None and kind not in LAYOUTS:
         options["kind"] = kind
-    try:
-        return LAYOUTS[layout](folder, **options)
-    except TypeError as error:
-        raise DatasetError(
-            f"{layout}: {str(error).partition(') ')[2]}; see docs/data.md"
-        ) from error
+    known = list(signature(LAYOUTS[layout]).parameters)[1:]
+    if unknown := sorted(options.keys() - set(known)):
+        raise DatasetError(f"{layout}: no option {unknown[0]!r}; wanted {', '.join(known)}")
+    return LAYOUTS[layout](folder, **options)
 
 
 def layout_of(folder: str | Path) -> str:
