@@ -5,7 +5,11 @@ in), T tokens of a condition, H heads, E channels (H heads of E/H). Queries, key
 as linear layers leave them, heads beside each other in the last axis.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -41,9 +45,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def dual_cross_attention(
-    text: tuple[Tensor, Tensor, Tensor], image: tuple[Tensor, Tensor, Tensor] | None, heads: int
+    text: tuple[Tensor, Tensor, Tensor],
+    image: tuple[Tensor, Tensor, Tensor] | None,
+    heads: int,
+    image_scale: float = 1.0,
 ) -> Tensor:
-    """CA(Qᵀ,Kᵀ,Vᵀ) + CA(Qᴵ,Kᴵ,Vᴵ): two sets of query, key and value, two softmaxes, one sum.
+    """CA(Qᵀ,Kᵀ,Vᵀ) + s·CA(Qᴵ,Kᴵ,Vᴵ): two sets of query, key and value, two softmaxes, one sum.
 
     Keys and values belong to the clip: its frames are folded into the queries' axis, so nothing is
     repeated. An image branch of None adds nothing, and so does one whose values are all zero.
@@ -52,9 +59,93 @@ def dual_cross_attention(
         text: queries (B,L,E), keys and values (B,T,E).
         image: the same with its own T, or None.
         heads: H, a divisor of E.
+        image_scale: s, how much the image branch counts; HeartBeat's is 1.
 
     Returns:
         (B,L,E), before the output projection.
     """
     out = attention(*text, heads)
-    return out if image is None else out + attention(*image, heads)
+    if image is None:
+        return out
+    more = attention(*image, heads)
+    return out + (more if image_scale == 1.0 else image_scale * more)
+
+
+class TemporalLayer(NamedTuple):
+    """Parameters of a temporal attention layer. w_qkv: the three projections below each other."""
+
+    norm_weight: Tensor  # (C,)
+    norm_bias: Tensor  # (C,)
+    position: Tensor | None  # (F,C), learned, added behind the norm
+    w_qkv: Tensor  # (3C,C)
+    w_out: Tensor  # (C,C)
+    b_out: Tensor  # (C,)
+    eps: float = 1e-5
+
+
+def temporal_block(x: Tensor, layer: TemporalLayer, heads: int) -> Tensor:
+    """x + W_out · attention over frames(W_qkv · (LayerNorm(x) + position)) + bias: (B,F,N,C) to
+    (B,F,N,C)."""
+    z = functional.layer_norm(x, x.shape[-1:], layer.norm_weight, layer.norm_bias, layer.eps)
+    if layer.position is not None:
+        z = z + layer.position[: x.shape[1], None]
+    q, k, v = functional.linear(z, layer.w_qkv).chunk(3, dim=-1)
+    return x + functional.linear(temporal_attention(q, k, v, heads), layer.w_out, layer.b_out)
+
+
+def groupnorm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    affine: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """silu(GroupNorm(x)·(1 + scale) + shift): x (M,C,h,w); affine: scale and shift, each (M,C)."""
+    x = functional.group_norm(x, groups, weight, bias, eps)
+    if affine is not None:
+        x = x * (1 + affine[0][:, :, None, None]) + affine[1][:, :, None, None]
+    return functional.silu(x)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """value · GELU(gate): (…,2E), the values before the gates, to (…,E) (Shazeer 2020)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * functional.gelu(gate)
+
+
+# Gradients
+
+
+def attention_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention`, its weights computed anew: P = softmax(s·QKᵀ), dV = Pᵀ dO,
+    dS = P ∘ (dO Vᵀ - rows' sums of P ∘ dO Vᵀ), dQ = s dS K, dK = s dSᵀ Q."""
+    b, _, e = q.shape
+    scale = (e // heads) ** -0.5
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.reshape(b, -1, heads, e // heads).transpose(1, 2)
+
+    def together(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(b, -1, e)
+
+    q, k, v, grad = by_head(q), by_head(k), by_head(v), by_head(grad)
+    kind = torch.promote_types(q.dtype, torch.float32)  # softmax at least in float32
+    p = torch.softmax((q @ k.transpose(2, 3)).to(kind) * scale, dim=-1)
+    dp = (grad @ v.transpose(2, 3)).to(kind)
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
+    dv = p.to(q.dtype).transpose(2, 3) @ grad
+    return together(ds @ k), together(ds.transpose(2, 3) @ q), together(dv)
+
+
+def temporal_attention_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `temporal_attention`, each (B,F,N,E)."""
+    b, f, n, e = q.shape
+    q, k, v, grad = (x.transpose(1, 2).reshape(b * n, f, e) for x in (q, k, v, grad))
+    found = attention_gradients(q, k, v, grad, heads)
+    dq, dk, dv = (x.reshape(b, n, f, e).transpose(1, 2).contiguous() for x in found)
+    return dq, dk, dv
