@@ -1,12 +1,16 @@
-"""The recipes of the presets' three stages: how much data, how many steps, how fast.
+"""The recipes of the presets' stages: how much data, how many steps, how fast.
 
 `tiny` is close to what the shipped bundle was trained with on two CPU cores (its manifest says how
-it was really run, under provenance.as_run); `nano` is for tests. `base` has no recipe yet.
+it was really run, under provenance.as_run); `nano` is for tests. `base` counts in epochs, as its
+paper does: PAPER holds what is published, and `recipe` makes steps of it once the data are known.
 """
 
+import math
 from dataclasses import dataclass
 
 from heartbeat_training.loop import Recipe
+
+ALL = "text ef image sketch mask skeleton flow"  # every condition, in the order of NAMES
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,58 @@ PLANS = {
         stage2=Recipe(steps=450, batch=3, lr=5e-4, warmup=50, ema=0.99),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Published:
+    """A stage of HeartBeat (MICCAI 2024): Adam, 1e-4, 500 warm-up steps, cosine, 200 epochs.
+
+    Not published, hence ours: the gradient clip, which conditions are dropped how often (the paper
+    drops none: 0), and everything about CMR but "mask only, 50 volumes, from the echo model".
+    """
+
+    batch: int
+    epochs: int = 200
+    lr: float = 1e-4
+    warmup: int = 500
+    conditions: str = ALL  # what may be present in training
+    drop: float = 0.1  # each condition's chance to be left out
+    drop_all: float = 0.1  # that of all together
+    train_cross_attention: bool = False  # stage 2: the paper's text says no, its figure yes
+    most: int = 0  # examples at most, 0: all
+
+
+PAPER = {
+    "stage1": Published(batch=64, conditions=ALL.replace(" flow", "")),
+    "stage2": Published(batch=16),
+    "cmr": Published(batch=16, conditions="mask", drop_all=0.0, most=50),
+}
+
+
+@dataclass(frozen=True)
+class PaperRecipe(Recipe):
+    """A published stage over a data set of known size; both go into every checkpoint."""
+
+    examples: int = 0  # images in stage 1, clips in stage 2, volumes for CMR
+    published: Published = PAPER["stage2"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in which every example comes at least once."""
+        return math.ceil(self.examples / self.batch)
+
+
+def paper_recipe(published: Published, examples: int, seed: int = 0) -> PaperRecipe:
+    """The recipe of a published stage over so many examples. The last epoch is kept: no EMA."""
+    if published.most:
+        examples = min(examples, published.most)
+    return PaperRecipe(
+        steps=published.epochs * math.ceil(examples / published.batch),
+        batch=published.batch,
+        lr=published.lr,
+        warmup=published.warmup,
+        ema=0.0,
+        seed=seed,
+        examples=examples,
+        published=published,
+    )

@@ -1,0 +1,166 @@
+"""The paper's own stages, for `base`: what is loaded, what is frozen, what an epoch is.
+
+Three stages: "stage1" on images, "stage2" on clips, "cmr" on short-axis volumes from the echo model
+with the mask alone. The loss is DiffusionStage's; here are the frozen sets, epochs that show every
+example once, and MedSAM's embeddings read from disk, which cost seconds an image to compute.
+Legend: B clips, F frames, C channels, h w latents.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from heartbeat_fast.conditions import NAMES
+from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.models.checkpoints import load_sd15
+from heartbeat_fast.models.config import BASE, HeartBeatConfig
+from heartbeat_fast.models.embeddings import EmbeddingCache, fingerprint
+from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_only
+from heartbeat_fast.models.medsam import load_medsam
+from heartbeat_fast.text import Tokenizer
+from heartbeat_training.clips import ClipCache
+from heartbeat_training.recipes import PAPER, PaperRecipe
+from heartbeat_training.stage_diffusion import DiffusionStage, mixed_noise
+
+STAGES = tuple(PAPER)
+
+
+def open_base(
+    sd15: str | Path, medsam: str | Path, config: HeartBeatConfig = BASE
+) -> tuple[HeartBeat, Tokenizer]:
+    """The model that stage 1 starts from, and CLIP's tokenizer.
+
+    Args:
+        sd15: Stable Diffusion 1.5, a diffusers folder or a single file. Beside a single file, a
+            `tokenizer/` folder is wanted.
+        medsam: MedSAM ViT-B, a transformers folder or a file.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or does not fit.
+        FileError: no tokenizer.
+    """
+    sd15 = Path(sd15)
+    tokenizer = Tokenizer.from_clip_folder((sd15 if sd15.is_dir() else sd15.parent) / "tokenizer")
+    model = HeartBeat(config)
+    load_sd15(model, sd15)
+    load_medsam(model.image_encoder, medsam)
+    return model, tokenizer
+
+
+def learned(
+    model: HeartBeat, stage: str, train_cross_attention: bool = False
+) -> dict[str, nn.Parameter]:
+    """What a stage trains, by name; everything else is frozen.
+
+    stage1: the UNet without its temporal layers, the adapter, the encoders of sketch, mask and
+    valve, and the EF token, which the paper has not. stage2: the temporal layers, the flow encoder
+    and, by the switch, cross-attention. cmr: the whole UNet and the mask encoder; which the paper
+    tunes there is not known, and the appearance of MR asks for the spatial weights.
+    """
+    if stage != "cmr":
+        return stage_parameters(model, int(stage[-1]), train_cross_attention)
+    return {k: p for k, p in model.named_parameters() if k.startswith(("denoiser.", "mask."))}
+
+
+def embeddings_of(model: HeartBeat, folder: Path) -> EmbeddingCache:
+    """The model's image encoder, with its embeddings kept under `folder`. Runs where it lies."""
+    side = model.config.image.size // model.config.image.patch
+    place = next(model.image_encoder.parameters()).device
+    return EmbeddingCache(
+        folder,
+        lambda images: model.image_embedding(images.to(place)),
+        fingerprint(model.image_encoder),
+        (model.config.image.channels, side, side),
+    )
+
+
+class PaperStage(DiffusionStage):
+    """A stage of PAPER. Examples: frames in stage 1, clips (volumes) otherwise.
+
+    Args:
+        latents: of the cache's clips (M,F,C,h,w), from `encode_cache`.
+        recipe: from `paper_recipe`, for the examples of this cache.
+        embeddings: of the image prior; None: the image encoder runs in every step.
+    """
+
+    def __init__(
+        self,
+        model: HeartBeat,
+        cache: ClipCache,
+        latents: NDArray[Any],
+        tokenizer: Tokenizer,
+        *,
+        stage: str,
+        recipe: PaperRecipe,
+        embeddings: EmbeddingCache | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            cache,
+            latents,
+            tokenizer,
+            stage=1 if stage == "stage1" else 2,
+            batch=recipe.batch,
+        )
+        there = len(cache) * (cache.frames.shape[1] if self.stage == 1 else 1)
+        if not 0 < recipe.examples <= there:
+            raise HeartBeatError(f"recipe of {recipe.examples} examples; the data hold {there}")
+        self.name, self.recipe, self.embeddings = stage, recipe, embeddings
+        self._learned = learned(model, stage, recipe.published.train_cross_attention)
+        train_only(model, self._learned)
+        model.train()
+        wanted = recipe.published.conditions.split()
+        self._known *= np.array([name in wanted for name in NAMES], np.float32)
+
+    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
+        """As DiffusionStage's, every example once per epoch."""
+        published, batch = self.recipe.published, self.recipe.batch
+        clips, frames = self.picks(step)
+        present = rng.random((batch, len(NAMES))) >= published.drop
+        present &= rng.random((batch, 1)) >= published.drop_all
+        t = torch.randint(self.model.config.steps, (batch,))
+        count = self.latents.shape[1] if frames is None else 1
+        shape = (batch, count, *self.latents.shape[2:])
+        noise = mixed_noise(shape, self.model.config.shared_noise)
+        clips, frames = clips[rows], None if frames is None else frames[rows]
+        z0 = [
+            self.latents[c] if frames is None else self.latents[c, frames[i]]
+            for i, c in enumerate(clips)
+        ]
+        return self.conditions(clips, frames, present[rows].astype(np.float32)) | {
+            "z0": torch.from_numpy(np.stack(z0).astype(np.float32)),
+            "t": t[rows],
+            "noise": noise[rows],
+        }
+
+    def picks(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The examples of a step: clips (B,), and in stage 1 their frames (B,1).
+
+        An epoch is one order of all examples; its last batch is filled up from its start.
+        """
+        recipe, per_epoch = self.recipe, self.recipe.steps_per_epoch
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.Generator(np.random.PCG64([recipe.seed, 0xE90C, epoch]))
+        chosen = np.resize(order.permutation(recipe.examples), per_epoch * recipe.batch)
+        chosen = chosen[place * recipe.batch : (place + 1) * recipe.batch]
+        if self.stage == 2:
+            return chosen, None
+        total = self.cache.frames.shape[1]
+        return chosen // total, chosen[:, None] % total
+
+    def conditions(
+        self, clips: NDArray[Any], frames: NDArray[Any] | None, present: NDArray[np.float32]
+    ) -> dict[str, Tensor]:
+        """As DiffusionStage's, with the image's embedding in the image's place."""
+        batch = super().conditions(clips, frames, present)
+        if self.embeddings is None:
+            return batch
+        if "image" not in self.recipe.published.conditions:
+            kept = torch.zeros(len(clips), *self.embeddings.shape)
+        else:
+            kept = torch.stack([self.embeddings(self.cache.frames[c, 0]) for c in clips]).float()
+        return batch | {"image": kept}
