@@ -1,6 +1,7 @@
 """DICOM ultrasound, single or multi-frame (PS3.3, C.8.5.5 US Region Calibration, C.7.6.5 Cine)."""
 
 import hashlib
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def read(path: Path) -> Record:
 
     The patient is a hash of PatientID: enough to split by, nothing to identify by.
     """
-    dataset = optional("pydicom", "formats").dcmread(path)
+    dataset = _open(path)
     if "PixelData" not in dataset:
         raise FileError(f"{path}: no pixels in this DICOM object; wanted an ultrasound image")
     count = int(dataset.get("NumberOfFrames", 1) or 1)
@@ -47,8 +48,16 @@ def read(path: Path) -> Record:
 def patient(path: Path) -> str:
     """The patient as `read` gives it, without reading pixels; "" where the file names none."""
     with reading(path, "dicom"):
-        dcmread = optional("pydicom", "formats").dcmread
-        return _patient(dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"]))
+        return _patient(_open(path, stop_before_pixels=True, specific_tags=["PatientID"]))
+
+
+def _open(path: Path, **options: Any) -> Any:
+    """The data set. From a file, pydicom would allocate any length an element announces; a map of
+    the file ends where the file ends.
+    """
+    dcmread = optional("pydicom", "formats").dcmread
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return dcmread(content, **options)
 
 
 def _patient(dataset: Any) -> str:
