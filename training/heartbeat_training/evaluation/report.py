@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from heartbeat_training.evaluation import paper
 from heartbeat_training.evaluation.clips import FIGURES
 
 # distance: its title, and whose features it is measured in
@@ -52,6 +53,62 @@ def figures_table(
     return shown
 
 
+def paper_table(content: dict[str, Any]) -> Table:
+    """Ours and the paper's, row by row; then floor and ceiling."""
+    work, printed = content["workload"], content["paper"]
+    keys = ("fid", "fvd", "fvd_16")
+    shown = Table(title=f"ours | the paper's, {printed['view']}")
+    shown.add_column("conditions", no_wrap=True)
+    for key in keys:
+        shown.add_column(distance_title(key, work), justify="right")
+    for title in ("SSIM", "Dice LV", "FID", "FVD", "SSIM"):
+        shown.add_column(title, justify="right")
+    for name, one in content["sets"].items():
+        theirs, mine = printed["rows"][name], one["summary"]
+        cells = [with_span(one["distances"][key]) for key in keys]
+        cells += [with_span(mine["ssim"]), number(mine["dice_lv"]["mean"])]
+        cells += [f"{theirs['fid']:.2f}", f"{theirs['fvd_16']:.2f}", f"{theirs['ssim']:.2f}"]
+        shown.add_row(name, *cells)
+    first = next(iter(content["sets"].values()))["distances"]
+    ceiling = content["ceiling"]
+    shown.add_row("real halves", *(number(first[key]["floor"]) for key in keys))
+    shown.add_row("real", "", "", "", "1", number(ceiling["dice_lv"]["mean"]))
+    return shown
+
+
+def paper_notes(content: dict[str, Any]) -> list[str]:
+    """`notes`, and what compares with the paper."""
+    work, rank = content["workload"], content["paper"]["rank_r"]
+    lines = [
+        f"{paper.SCALE_NOTE}. Its {paper.BASE} was a training of its own; ours is this model given "
+        "text and mask.",
+        f"Same order of rows as the paper's, Spearman's r: FID {rank['fid']:.2f}, FVD "
+        f"{rank['fvd_16']:.2f}, SSIM {rank['ssim']:.2f}.",
+    ]
+    if not (work["image_features"]["comparable"] and work["video_features"]["comparable"]):
+        lines.append(
+            "Features are a stand-in: only the trend of FID and FVD compares with the paper, not "
+            "their values."
+        )
+    return notes(work, content["sets"]) + lines
+
+
+def steps_table(content: dict[str, Any]) -> Table:
+    """One row a sampler and count."""
+    work = content["workload"]
+    shown = Table(title="the paper's six conditions")
+    shown.add_column("sampler, steps", no_wrap=True)
+    titles = ("SSIM", "Dice LV", "dB", "flicker", distance_title("fid", work), "seconds")
+    for title in titles:
+        shown.add_column(title, justify="right")
+    for name, one in content["sets"].items():
+        keys = ("ssim", "dice_lv", "spectrum_gap", "flicker_share")
+        cells = [number(one["summary"][key]["mean"]) for key in keys]
+        cells += [number(one["distances"]["fid"]["value"])]
+        shown.add_row(name, *cells, number(one["summary"]["seconds"]["mean"]))
+    return shown
+
+
 def notes(workload: dict[str, Any], scored: dict[str, Any]) -> list[str]:
     """What the figures do not say themselves."""
     sampling = workload["sampling"]
@@ -76,6 +133,11 @@ def span(m: dict[str, float]) -> str:
     """ "low – high", or nothing where there is no interval."""
     low, high = m.get("low", float("nan")), m.get("high", float("nan"))
     return f"{number(low)} – {number(high)}" if low == low else ""
+
+
+def with_span(m: dict[str, float]) -> str:
+    """A value over its interval."""
+    return f"{number(m['value'] if 'value' in m else m['mean'])}\n[dim]{span(m)}[/]"
 
 
 def number(value: float) -> str:
