@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heartbeat_training.evaluation import setup
+from heartbeat_training.evaluation import options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +20,8 @@ WORST = 6
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    setup.add_model(parser)
-    setup.add_data(parser, split=False)
+    options.add_model(parser)
+    options.add_data(parser, split=False)
     parser.add_argument(
         "--train",
         metavar="DIR",
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.png",
         help="the most alike pairs; shows training patients, so it belongs where their data do",
     )
-    setup.add_out(parser)
+    options.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     steps = arguments.encoder_steps or privacy.STEPS
     encoder = privacy.train_encoder(training, steps)
     held_out = [privacy.shrink(case.frames) for case in cases]
-    sampling = setup.sampling_of(arguments)
+    sampling = options.sampling_of(arguments)
     found: dict[str, Any] = {}
     worst: list[tuple[float, Any, Any, str]] = []
     for conditions in SETS:
@@ -94,7 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
             highlight=False,
         )
     _draw(worst, result.tau, arguments.pictures)
-    path = setup.save("audit", _content(generator, arguments, found, names, refused), arguments.out)
+    path = options.save(
+        "audit", _content(generator, arguments, found, names, refused), arguments.out
+    )
     console.print(f"most alike pairs: {arguments.pictures}\nraw rows: {path}", highlight=False)
 
 
@@ -160,7 +162,7 @@ def _content(
             "data": Path(arguments.data).name,
             "hold_out": arguments.hold_out,
             "training_patients": len(names),
-            "sampling": asdict(setup.sampling_of(arguments)),
+            "sampling": asdict(options.sampling_of(arguments)),
             "refused": refused,
         },
         "sets": found,

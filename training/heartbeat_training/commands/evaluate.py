@@ -2,22 +2,22 @@
 
 import argparse
 
-from heartbeat_training.evaluation import setup
+from heartbeat_training.evaluation import options
 
 HELP = "figures of a bundle or model on held-out patients or phantoms"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    setup.add_model(parser)
-    setup.add_data(parser)
+    options.add_model(parser)
+    options.add_data(parser)
     parser.add_argument(
         "--conditions",
         metavar="A,B",
         help="a subset of text,ef,image,sketch,mask,skeleton,flow (default: the paper's six)",
     )
-    setup.add_measures(parser)
-    setup.add_out(parser)
+    options.add_measures(parser)
+    options.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
     asked = arguments.conditions
     names = check_names(n.strip() for n in asked.split(",")) if asked else paper.SIX
     console = Console()
-    opened = setup.open_all(arguments)
-    sets = setup.scored(opened, {"+".join(names): (names, opened.sampling)}, console)
-    content = setup.content_of(opened, arguments, sets)
-    path = setup.save("evaluate", content, arguments.out)
+    opened = options.open_all(arguments)
+    sets = options.scored(opened, {"+".join(names): (names, opened.sampling)}, console)
+    content = options.content_of(opened, arguments, sets)
+    path = options.save("evaluate", content, arguments.out)
     for one in sets.values():
         console.print(report.figures_table(one, content["ceiling"], content["workload"]))
     for line in report.notes(content["workload"], sets):

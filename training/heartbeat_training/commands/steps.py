@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from heartbeat_training.evaluation import setup
+from heartbeat_training.evaluation import options
 
 HELP = "quality and seconds against steps, for DPM-Solver++, UniPC and DDIM"
 COUNTS = "4,6,8,10,15,20,50"
@@ -23,15 +23,15 @@ SHOWN = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options; --steps and --sampler become lists."""
-    setup.add_model(parser)
-    setup.add_data(parser)
+    options.add_model(parser)
+    options.add_data(parser)
     parser.add_argument("--counts", default=COUNTS, metavar="A,B", help="steps (%(default)s)")
     parser.add_argument("--samplers", default=SAMPLERS, metavar="A,B", help="(%(default)s)")
-    setup.add_measures(parser)
+    options.add_measures(parser)
     parser.add_argument(
         "--plot", type=Path, default=Path("out/steps.png"), metavar="FILE.png", help="(%(default)s)"
     )
-    setup.add_out(parser)
+    options.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -47,16 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise SamplerError(f"--counts: {arguments.counts!r} came; wanted e.g. {COUNTS}") from error
     samplers = [name.strip() for name in arguments.samplers.split(",")]
     console = Console()
-    opened = setup.open_all(arguments)
+    opened = options.open_all(arguments)
     sets = {
         f"{sampler} {count}": (paper.SIX, replace(opened.sampling, sampler=sampler, steps=count))
         for sampler in samplers
         for count in counts
     }
-    found = setup.scored(opened, sets, console)
-    content = setup.content_of(opened, arguments, found)
+    found = options.scored(opened, sets, console)
+    content = options.content_of(opened, arguments, found)
     content["workload"] |= {"samplers": samplers, "counts": counts}
-    path = setup.save("steps", content, arguments.out)
+    path = options.save("steps", content, arguments.out)
     console.print(report.steps_table(content))
     for line in report.notes(content["workload"], found):
         console.print(line, highlight=False)

@@ -4,20 +4,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from heartbeat_training.evaluation import setup
+from heartbeat_training.evaluation import options
 
 HELP = "the rows of the paper's Table 1 for one bundle or model, beside the paper's"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    setup.add_model(parser)
-    setup.add_data(parser)
-    setup.add_measures(parser)
+    options.add_model(parser)
+    options.add_data(parser)
+    options.add_measures(parser)
     parser.add_argument(
         "--plot", type=Path, default=Path("out/table.png"), metavar="FILE.png", help="(%(default)s)"
     )
-    setup.add_out(parser)
+    options.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,13 +27,13 @@ def run(arguments: argparse.Namespace) -> None:
     from heartbeat_training.evaluation import paper, report
 
     console = Console()
-    opened = setup.open_all(arguments)
+    opened = options.open_all(arguments)
     sets = {name: (row.conditions, opened.sampling) for name, row in paper.TABLE.items()}
-    found = setup.scored(opened, sets, console)
-    content = setup.content_of(opened, arguments, found)
+    found = options.scored(opened, sets, console)
+    content = options.content_of(opened, arguments, found)
     views = {case.record.view for case in opened.scorer.cases}
     content["paper"] = compared(found, "A2C" if views == {"A2C"} else "A4C")
-    path = setup.save("table", content, arguments.out)
+    path = options.save("table", content, arguments.out)
     console.print(report.paper_table(content))
     for line in report.paper_notes(content):
         console.print(line, highlight=False)
