@@ -13,13 +13,15 @@ SIZE = 112
 CHANCE = np.random.default_rng(3)
 
 
-def write_avi(path: Path, frames: NDArray[np.uint8], rate: int = 50) -> None:
-    """Motion JPEG in AVI, as EchoNet stores it."""
+def write_avi(
+    path: Path, frames: NDArray[np.uint8], codec: str = "mjpeg", pixels: str = "yuvj420p"
+) -> None:
+    """Motion JPEG in AVI at 50 frames per second, as EchoNet stores it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=rate)
+        stream = container.add_stream(codec, rate=50)
         stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "yuvj420p"
+        stream.pix_fmt = pixels
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.repeat(frame[..., None], 3, -1), "rgb24")
             container.mux(stream.encode(picture))

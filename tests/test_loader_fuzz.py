@@ -28,7 +28,7 @@ MUTATIONS = 30  # per loader and file; ten of these are 300
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """Fails when Python and NumPy ever asked for more than MOST, or libraries below them touched it.
+    """Fails when Python and NumPy ever asked for more than MOST, or libraries below touched it.
 
     The process's own high-water mark shows only what exceeds all earlier ones.
     """
@@ -215,7 +215,7 @@ def test_lying_pictures(tmp_path: Path, size: int) -> None:
     with pytest.raises(FileError, match=r"clip\.gif: .*(announces|decompression bomb)"):
         open_record(path)
     path = tmp_path / "clip.avi"
-    write_avi(path, moving(3))
+    write_avi(path, moving(3), "rawvideo", "yuv420p")  # has no size but the container's
     whole = bytearray(path.read_bytes())
     start = whole.index(b"strf") + 12  # BITMAPINFOHEADER: width, height
     assert struct.unpack_from("<2i", whole, start) == (112, 112)
