@@ -76,9 +76,11 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None
     for step in (1, 2):
         checkpoints.save(tmp_path, step, {"x": torch.full((4,), float(step))}, {"stage": "s"})
     (tmp_path / "step-00000002/tensors.safetensors").write_bytes(b"torn")
-    found = checkpoints.load_latest(tmp_path)
+    said: list[str] = []
+    found = checkpoints.newest(tmp_path, said.append)
     assert found is not None
-    assert found[0] == 1
+    assert found.step == 1
+    assert "step-00000002: tensors.safetensors is damaged" in said[0]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
@@ -90,9 +92,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(checkpoints.CheckpointError, match="No space left"):
         checkpoints.save(tmp_path, 2, {"x": torch.zeros(4)}, {"stage": "s"})
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
 
 
 def test_a_run_of_another_stage_is_refused(tmp_path: Path) -> None:

@@ -1,73 +1,166 @@
-"""Checkpoints that survive a kill: written whole, hashed, then named; the newest good one is used.
+"""Checkpoints that survive a kill: written whole, synced, hashed, renamed, and only then named.
 
-A checkpoint is a folder `step-00001200/` with tensors.safetensors (parameters, EMA, optimizer
-moments) and manifest.json (step, recipe, hash). No random state is stored: every step's randomness
-is derived from (seed, step), so a resumed run repeats the run that was not interrupted.
+    step-00001200/tensors.safetensors   parameters, their averages, optimizer moments, statistics
+    step-00001200/manifest.json         step, stage, recipe, bytes and SHA-256 of every other file
+    LATEST                              the name of the newest folder, replaced last
+
+No random state is stored: every step's randomness is derived from (seed, step), so a resumed run
+repeats the run that was not interrupted.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.errors import FileError, HeartBeatError
+from heartbeat_fast.files import atomic
 
 KEEP = 2  # newest checkpoints kept: one may be found broken
+TENSORS, MANIFEST, LATEST = "tensors.safetensors", "manifest.json", "LATEST"
+LARGEST_MANIFEST = 2**20  # bytes
 
 
 class CheckpointError(HeartBeatError):
-    """A run folder holds no readable checkpoint, or one of another recipe."""
+    """A checkpoint cannot be written or read, or belongs to another stage or recipe."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose hashes held when it was found."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any]
+
+    @property
+    def tensors(self) -> Path:
+        """Its safetensors file."""
+        return self.folder / TENSORS
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write a checkpoint atomically: temporary folder, fsync, rename, then drop the oldest.
+    """Write a checkpoint and point LATEST at it; then drop all but the newest KEEP.
 
-    Raises: OSError when the disk is full; older checkpoints are then untouched.
+    Raises: CheckpointError when it cannot be written (a full disk); older ones are then untouched.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".writing-", dir=run))
+    target = run / f"step-{step:08d}"
     try:
-        file = work / "tensors.safetensors"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
-        manifest = {"step": step, "sha256": _digest(file), **meta}
-        (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for written in (file, work / "manifest.json"):
-            with written.open("rb") as handle:
-                os.fsync(handle.fileno())
-        target = run / f"step-{step:08d}"
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    for old in _folders(run)[KEEP:]:
-        shutil.rmtree(old)
+        run.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".writing-", dir=run))
+        try:
+            _write(work, step, tensors, meta)
+            if target.exists():  # found broken, or saved just before a stop: out of the way first
+                target.rename(work.with_name(f"{work.name}-replaced"))
+            work.rename(target)
+            _sync(run)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work.with_name(f"{work.name}-replaced"), ignore_errors=True)
+        with atomic(run / LATEST) as temporary:
+            temporary.write_text(target.name + "\n")
+        _sync(run)
+    except (OSError, SafetensorError, FileError) as error:
+        raise CheckpointError(f"{target}: cannot be saved ({error}); free some space") from error
+    # A folder of a later step is one that resuming found broken, or left for LATEST.
+    kept = [f for f in _folders(run) if f.name <= target.name][:KEEP]
+    for old in set(_folders(run)) - set(kept):
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def load_latest(run: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """Newest checkpoint whose hash holds: (step, tensors, manifest); None when there is none."""
-    for folder in _folders(run):
-        file = folder / "tensors.safetensors"
+def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The checkpoint that LATEST names, else the newest whose hashes hold; None: there is none.
+
+    Every one passed over is said aloud.
+
+    Raises: CheckpointError when there are checkpoints and none of them can be read.
+    """
+    folders = _folders(run)
+    try:
+        with (run / LATEST).open() as file:
+            named = run / file.read(64).strip()
+    except (OSError, ValueError):
+        named = None
+    if named in folders:
+        folders.remove(named)
+        folders.insert(0, named)
+    for folder in folders:
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            if manifest["sha256"] != _digest(file):
-                continue
-        except (OSError, ValueError, KeyError):
-            continue
-        return int(manifest["step"]), load_file(file), manifest
+            return _checked(folder)
+        except CheckpointError as error:
+            say(f"{error}; trying the one before")
+    if folders:
+        raise CheckpointError(
+            f"{run}: none of {len(folders)} checkpoints is whole; move it away to start anew"
+        )
     return None
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed save left behind; only while no other process writes to `run`."""
+    for left in run.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _write(work: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """The files of a checkpoint, and the folder that lists them, down to the disk."""
+    save_file({key: value.contiguous() for key, value in tensors.items()}, work / TENSORS)
+    _sync(work / TENSORS)
+    files = {TENSORS: {"bytes": (work / TENSORS).stat().st_size, "sha256": _digest(work / TENSORS)}}
+    manifest = json.dumps({"step": step, "files": files, **meta}, indent=1)
+    (work / MANIFEST).write_text(manifest, "utf-8")
+    _sync(work / MANIFEST)
+    _sync(work)
+
+
+def _checked(folder: Path) -> Checkpoint:
+    """A folder, read and hashed.
+
+    Raises: CheckpointError naming what is wrong with it.
+    """
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            manifest = json.loads(file.read(LARGEST_MANIFEST))
+        # The first format hashed its one file without naming it.
+        files = manifest.get("files") or {TENSORS: {"sha256": manifest["sha256"]}}
+        if TENSORS not in files:
+            raise CheckpointError(f"{folder}: {MANIFEST} lists no {TENSORS}")
+        for name, wanted in files.items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, outside the folder")
+            if _digest(folder / name) != wanted["sha256"]:
+                raise CheckpointError(f"{folder}: {name} is damaged (its SHA-256 differs)")
+        return Checkpoint(folder, int(manifest["step"]), manifest)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
 
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted(run.glob("step-*"), reverse=True)
+    found = (path for path in run.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(found, reverse=True)
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file, or of a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _digest(file: Path) -> str:

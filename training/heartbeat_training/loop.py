@@ -2,25 +2,37 @@
 
 A stage says what is trained, draws the rows of step i and states their loss. All randomness comes
 from (seed, i), so a killed run continues as if nothing had happened, and a batch may be split over
-processes or micro-batches.
+processes or micro-batches (parallel.py). docs/scale.md says what is saved when.
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from heartbeat_fast.errors import HeartBeatError
 from heartbeat_training import checkpoints
+from heartbeat_training.hardware import Hardware
+from heartbeat_training.journal import Journal
+from heartbeat_training.parallel import Parallel
+from heartbeat_training.processes import gather, join
+from heartbeat_training.state import State
+from heartbeat_training.stopping import StopSignal, alone
+
+# What a resumed run may change: nothing of it reaches the weights.
+FREE = ("checkpoint_minutes", "picture_every")
+
+
+class TrainingError(HeartBeatError):
+    """A run cannot go on, and resuming would meet the same."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,10 @@ class Recipe:
 
 
 class Stage(Protocol):
-    """What a stage gives the loop."""
+    """What a stage gives the loop. Its networks are attributes of it.
+
+    A stage whose rows hold several images (clips) says how many: `images_per_row: int`.
+    """
 
     name: str
 
@@ -49,10 +64,12 @@ class Stage(Protocol):
         ...
 
     def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
-        """Some rows of the step's batch: data and everything random, leading axis = rows.
+        """Some rows of the step's batch, on the CPU: data and everything random, leading axis =
+        rows.
 
         Random numbers are drawn for the whole batch, from `rng` or torch's global generator, so
-        that rows do not depend on how the batch is split; data are read for `rows` only.
+        that rows do not depend on how the batch is split; data are read for `rows` only. It runs in
+        another thread, while the step before is computed.
         """
         ...
 
@@ -65,118 +82,187 @@ class Stage(Protocol):
         ...
 
 
-def train(stage: Stage, recipe: Recipe, run: Path, console: Console | None = None) -> float:
-    """Run a stage to its last step, resuming from `run` when it has a checkpoint.
-
-    On return the stage's parameters hold the EMA weights. Returns the mean loss of the last 50
-    steps. Raises: CheckpointError when `run` belongs to another stage.
-    """
-    console = console or Console(stderr=True)
-    state = _State(stage.parameters(), recipe)
-    start = _resume(state, recipe, stage.name, run, console)
-    with _StopSignal() as stop:
-        recent = _run(stage, state, recipe, run, start, stop, console)
-    state.use_ema()
-    return sum(recent) / max(len(recent), 1)
-
-
-def _run(
+def train(
     stage: Stage,
-    state: "_State",
     recipe: Recipe,
     run: Path,
-    start: int,
-    stop: "_StopSignal",
-    console: Console,
-) -> list[float]:
-    """Steps `start` to the last; returns the losses of the last 50."""
-    writer = _writer(run)
-    recent: list[float] = []
-    saved = time.monotonic()
-    bar = tqdm(
-        range(start, recipe.steps),
-        initial=start,
-        total=recipe.steps,
-        desc=stage.name,
-        mininterval=2.0,
-        disable=None,
-    )
-    for step in bar:
-        scalars = _step(stage, state, recipe, step)
-        recent = [*recent[-49:], scalars["loss"]]
-        if bar.disable and (step + 1) % 100 == 0:  # a log file gets lines instead of a bar
-            console.print(
-                f"{stage.name} {step + 1}/{recipe.steps} loss {sum(recent) / len(recent):.4f}"
+    console: Console | None = None,
+    hardware: Hardware | None = None,
+) -> float:
+    """Run a stage to its last step, resuming from `run` when it has a checkpoint.
+
+    On return the stage's parameters hold the EMA weights, where they were before, in every process.
+    Returns the mean loss of the last 50 steps.
+
+    Raises:
+        CheckpointError: `run` belongs to another stage or recipe, holds nothing readable, or the
+            last step could not be saved.
+        TrainingError: a gradient is not finite, or another process trains in `run`.
+        SystemExit: with 128 + the signal's number, after a signal and the checkpoint it asked for.
+    """
+    rank, _ = join()
+    console = console or Console(stderr=True)
+    console = console if rank == 0 else Console(quiet=True)
+    hardware = hardware or Hardware()
+    with alone(run, rank), Parallel(stage, recipe.batch, hardware, recipe.bf16) as parallel:
+        state = State(parallel.parameters, parallel.statistics.buffers(), recipe.lr)
+        loop = _Loop(stage, recipe, run, parallel, state, console)
+        mean = loop.run_from(loop.resume())
+        state.use_ema()
+    return float(gather(mean)[0])
+
+
+class _Loop:
+    """The steps of one stage, and what keeps them."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        run: Path,
+        parallel: Parallel,
+        state: State,
+        console: Console,
+    ) -> None:
+        self.stage, self.recipe, self.run = stage, recipe, run
+        self.parallel, self.state, self.console = parallel, state, console
+        self.main = parallel.rank == 0
+
+    def resume(self) -> int:
+        """The step to go on from: the newest checkpoint's, whose values are loaded; or 0."""
+        found = None
+        if self.main:
+            checkpoints.sweep(self.run)
+            found = checkpoints.newest(self.run, lambda line: self._say(f"[yellow]{line}[/]"))
+        found = gather(found)[0]  # one choice, whatever a process's disk may show
+        if found is None:
+            return 0
+        name = found.manifest.get("stage")
+        if name != self.stage.name:
+            raise checkpoints.CheckpointError(
+                f"{self.run}: holds stage {name!r}, not {self.stage.name!r}; choose another --run"
             )
-        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-        if writer and step % 10 == 0:
-            for name, value in scalars.items():
-                writer.add_scalar(f"{stage.name}/{name}", value, step)
-        if writer and (step + 1) % recipe.picture_every == 0:
-            _picture(stage, state, writer, step + 1)
+        _same_recipe(self.run, found.manifest.get("recipe", {}), self.recipe)
+        self.state.load(found.tensors)
+        self._say(f"resuming {self.run} at step {found.step} of {self.recipe.steps}")
+        return int(found.step)
+
+    def run_from(self, start: int) -> float:
+        """Steps `start` to the last; returns the mean loss of the last 50."""
+        recipe, journal = self.recipe, self._journal(start)
+        saved, lost = time.monotonic(), ""
+        batches = _Ahead(self._draw, recipe.steps)
+        try:
+            with StopSignal() as stop:
+                for step in range(start, recipe.steps):
+                    scalars, votes = self._step(step, batches, stop, saved)
+                    journal.step(step, scalars, recipe.batch * self._images())
+                    if (step + 1) % recipe.picture_every == 0:
+                        batches.settle()  # a picture draws from the same generator
+                        with self.state.averaged():
+                            journal.picture(self.parallel.picture(step + 1), step + 1)
+                    number = max(vote["stop"] for vote in votes)
+                    if votes[0]["due"] or number or step + 1 == recipe.steps:
+                        lost = self._save(step + 1, journal)
+                        saved = time.monotonic()
+                    if number:
+                        self._stop(step + 1, number, lost)
+        finally:
+            batches.close()
+            journal.close()
+        if lost:
+            raise checkpoints.CheckpointError(lost)
+        return journal.mean()
+
+    def _step(
+        self, step: int, batches: "_Ahead", stop: StopSignal, saved: float
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """One update; the batch's scalars, and what every process wants to happen next."""
+        recipe, optimizer = self.recipe, self.state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * schedule(step, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        sums = self.parallel.learn(batches.take(step))
+        norm = self.parallel.clip(recipe.clip)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"{self.stage.name}: the gradient of step {step} is not finite, and resuming would "
+                "meet it again; start anew from the weights so far, with a lower learning rate"
+            )
+        optimizer.step()
+        self.state.average(min(recipe.ema, (1 + step) / (10 + step)))
         due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
-        if due or stop.asked or step + 1 == recipe.steps:
-            _save(state, recipe, stage.name, run, step + 1)
-            saved = time.monotonic()
-        if stop.asked:
-            raise SystemExit(f"stopped at step {step + 1}; the same command resumes")
-    return recent
+        votes = gather({"sums": sums, "stop": stop.asked(self.main), "due": due})
+        return {"grad_norm": norm} | _means([vote["sums"] for vote in votes]), votes
 
-
-class _State:
-    """Parameters, their EMA and the optimizer."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> None:
-        self.parameters = dict(parameters)
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=recipe.lr, foreach=True)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint stores, flat."""
-        flat = {f"ema.{n}": t for n, t in self.ema.items()}
-        for name, p in self.parameters.items():
-            flat[f"model.{name}"] = p.detach()
-            for key, value in self.optimizer.state.get(p, {}).items():
-                flat[f"adam.{key}.{name}"] = value
-        return flat
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`."""
+    def _draw(self, step: int) -> dict[str, Tensor]:
+        """This process's rows of a step; all that is random comes from (seed, step)."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + step)
+        rng = np.random.Generator(np.random.PCG64([self.recipe.seed, step]))
         with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(tensors[f"model.{name}"])
-                self.ema[name].copy_(tensors[f"ema.{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                if f"adam.step.{name}" in tensors:
-                    self.optimizer.state[p] = {k: tensors[f"adam.{k}.{name}"].clone() for k in keys}
+            batch = self.stage.draw(step, rng, self.parallel.rows)
+        if self.parallel.device.type == "cuda":  # pinned memory is copied without waiting
+            return {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
 
-    def use_ema(self) -> None:
-        """Put the averaged weights into the model."""
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(self.ema[name])
+    def _save(self, step: int, journal: Journal) -> str:
+        """Save a checkpoint; what went wrong, or nothing: a full disk must not end the run."""
+        tensors = self.state.tensors()
+        if not self.main:
+            return ""
+        meta = {"stage": self.stage.name, "recipe": asdict(self.recipe)}
+        try:
+            journal.sync()
+            checkpoints.save(self.run, step, tensors, meta)
+        except (OSError, checkpoints.CheckpointError) as error:
+            self._say(f"[red]{error}; training goes on, the next save tries again[/]")
+            return str(error)
+        return ""
+
+    def _stop(self, step: int, number: int, lost: str) -> None:
+        if lost:
+            raise checkpoints.CheckpointError(lost)
+        self._say(f"stopped at step {step}; the same command resumes")
+        raise SystemExit(128 + number)
+
+    def _journal(self, start: int) -> Journal:
+        if self.main:
+            self.run.mkdir(parents=True, exist_ok=True)
+        return Journal(self.run, self.stage.name, start, self.recipe.steps, self.main, self.console)
+
+    def _images(self) -> int:
+        return int(getattr(self.stage, "images_per_row", 1))
+
+    def _say(self, line: str) -> None:
+        self.console.print(f"{self.stage.name}: {line}", highlight=False, soft_wrap=True)
 
 
-def _step(stage: Stage, state: _State, recipe: Recipe, step: int) -> dict[str, float]:
-    torch.manual_seed(recipe.seed * 1_000_003 + step)
-    rng = np.random.Generator(np.random.PCG64([recipe.seed, step]))
-    for group in state.optimizer.param_groups:
-        group["lr"] = recipe.lr * schedule(step, recipe)
-    device = next(iter(state.parameters.values())).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
-        scalars = stage.loss(stage.draw(step, rng, slice(0, recipe.batch)))
-    state.optimizer.zero_grad(set_to_none=True)
-    scalars["loss"].backward()
-    norm = nn.utils.clip_grad_norm_(state.parameters.values(), recipe.clip)
-    state.optimizer.step()
-    decay = min(recipe.ema, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(
-            list(state.ema.values()), [p.detach() for p in state.parameters.values()], 1 - decay
-        )
-    return {"grad_norm": float(norm)} | {name: float(v.detach()) for name, v in scalars.items()}
+class _Ahead:
+    """Batches in order, the next one drawn by another thread while this one is computed."""
+
+    def __init__(self, draw: Callable[[int], dict[str, Tensor]], end: int) -> None:
+        self._draw, self._end = draw, end
+        self._thread = ThreadPoolExecutor(1, "draw")
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def take(self, step: int) -> dict[str, Tensor]:
+        """The batch of `step`; drawing of the one after it begins."""
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._thread.submit(self._draw, step))
+        batch = self._next[1].result()
+        self._next = None
+        if step + 1 < self._end:
+            self._next = (step + 1, self._thread.submit(self._draw, step + 1))
+        return batch
+
+    def settle(self) -> None:
+        """Nothing is being drawn on return."""
+        if self._next:
+            wait([self._next[1]])
+
+    def close(self) -> None:
+        """The thread ends."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def schedule(step: int, recipe: Recipe) -> float:
@@ -187,64 +273,24 @@ def schedule(step: int, recipe: Recipe) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0))
 
 
-def _resume(state: _State, recipe: Recipe, name: str, run: Path, console: Console) -> int:
-    found = checkpoints.load_latest(run)
-    if found is None:
-        return 0
-    step, tensors, manifest = found
-    if manifest.get("stage") != name:
+def _means(parts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means over the rows of all processes, from their sums and numbers."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {name: [part[name] for part in parts if name in part] for name in names}
+    return {k: sum(total for total, _ in v) / sum(rows for _, rows in v) for k, v in found.items()}
+
+
+def _same_recipe(run: Path, saved: dict[str, Any], recipe: Recipe) -> None:
+    """Raises: CheckpointError naming the fields that differ; another recipe is another curve."""
+    default = asdict(Recipe(steps=0, batch=0))
+    now = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    differ = [
+        f"{name} (saved {saved.get(name, default[name])}, now {value})"
+        for name, value in now.items()
+        if saved.get(name, default[name]) != value
+    ]
+    if differ:
         raise checkpoints.CheckpointError(
-            f"{run}: holds stage {manifest.get('stage')!r}, not {name!r}; choose another --run"
+            f"{run}: was begun with another recipe: {', '.join(differ)}; finish it with its own, "
+            "or choose another --run"
         )
-    state.load(tensors)
-    console.print(f"{name}: resuming {run} at step {step} of {recipe.steps}")
-    return step
-
-
-def _save(state: _State, recipe: Recipe, name: str, run: Path, step: int) -> None:
-    checkpoints.save(run, step, state.tensors(), {"stage": name, "recipe": asdict(recipe)})
-
-
-def _writer(run: Path) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run / "tensorboard"))
-
-
-def _picture(stage: Stage, state: _State, writer: Any, step: int) -> None:
-    """Log the stage's picture, drawn with the averaged weights."""
-    kept = {name: p.detach().clone() for name, p in state.parameters.items()}
-    state.use_ema()
-    image = stage.picture(step)
-    if image is not None:
-        layout = "HW" if image.ndim == 2 else "HWC"
-        writer.add_image(f"{stage.name}/samples", image, step, dataformats=layout)
-    with torch.no_grad():
-        for name, p in state.parameters.items():
-            p.copy_(kept[name])
-
-
-class _StopSignal:
-    """SIGTERM and Ctrl-C ask for a checkpoint and an orderly end."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Callable[..., Any] | int | None = signal.getsignal(signal.SIGTERM)
-        try:
-            signal.signal(signal.SIGTERM, self._note)
-        except ValueError:  # not the main thread: a test runner's worker keeps its own handler
-            self._previous = None
-
-    def __enter__(self) -> "_StopSignal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give SIGTERM back to whoever had it."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
