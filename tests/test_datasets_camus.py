@@ -106,6 +106,13 @@ def test_stills_keep_the_time_between_them(root: Path) -> None:
     assert record.fps == 10.0  # five frames apart at 50 per second
 
 
+def test_an_empty_cfg_costs_only_what_it_would_say(root: Path) -> None:
+    (root / "database_nifti/patient0001/Info_4CH.cfg").write_text("")
+    for kind in ("sequences", "stills"):
+        record = next(CamusDataset(root, "4CH", kind=kind).records("train"))
+        assert (record.ef, record.fps) == (None, 30.0)
+
+
 def test_folds_and_own_lists(root: Path) -> None:
     lists(root, "subGroup3", training=["patient0003"], testing=["patient0001"])
     fold = CamusDataset(root, "4CH", fold=3)

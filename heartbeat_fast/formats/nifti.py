@@ -18,6 +18,7 @@ from heartbeat_fast.files import check_pixels
 from heartbeat_fast.record import Record, view_in
 
 CHUNK = 2**24  # bytes read at once
+CFG = 2**16  # characters; real ones hold some 90
 
 
 def read(path: Path) -> Record:
@@ -115,13 +116,17 @@ def _labels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-def _info(path: Path) -> dict[str, float]:
-    """The numbers of an Info cfg: `Key: value` lines, others are skipped."""
+def cfg(path: Path) -> dict[str, str]:
+    """`Key: value` lines of an Info cfg, split at the first colon; {} where there is no file."""
     if not path.is_file():
         return {}
-    numbers = {}
-    for line in path.read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if re.fullmatch(r"\d+(\.\d*)?", value.strip()):
-            numbers[key.strip()] = float(value)
-    return numbers
+    with path.open(errors="replace") as file:
+        lines = file.read(CFG).splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, colon, value in pairs if colon}
+
+
+def _info(path: Path) -> dict[str, float]:
+    """The numbers among them."""
+    number = re.compile(r"\d+(\.\d*)?")
+    return {key: float(value) for key, value in cfg(path).items() if number.fullmatch(value)}

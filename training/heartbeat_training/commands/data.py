@@ -58,6 +58,7 @@ def _reports(folder: Path, kind: str | None, view: str | None) -> list["Report"]
 
 
 def _table(report: "Report") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     title = f"{report.name}, split: {report.split_source}"
@@ -73,13 +74,13 @@ def _table(report: "Report") -> "Table":
         if count:
             table.add_row(note, str(count))
     for name, reason in list(report.odd.items())[:SHOWN]:
-        table.add_row(f"[red]odd[/] {name}", reason)
+        table.add_row(f"[red]odd[/] {escape(name)}", escape(reason))
     if len(report.odd) > SHOWN:
         table.add_row("[red]odd[/]", f"and {len(report.odd) - SHOWN} more: --json")
     for names in report.duplicates[:SHOWN]:
-        table.add_row("[red]same frames[/]", ", ".join(names))
+        table.add_row("[red]same frames[/]", escape(", ".join(names)))
     for patient, splits in list(report.leaks.items())[:SHOWN]:
-        table.add_row("[red]leak[/]", f"{patient} is in {' and '.join(splits)}")
+        table.add_row("[red]leak[/]", f"{escape(patient)} is in {' and '.join(splits)}")
     table.add_row("[green]ok[/]" if report.ok else "[red]not ok[/]", _verdict(report))
     return table
 

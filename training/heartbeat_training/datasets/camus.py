@@ -15,7 +15,7 @@ import numpy as np
 
 from heartbeat_fast.errors import FileError
 from heartbeat_fast.files import readable
-from heartbeat_fast.formats import open_record
+from heartbeat_fast.formats import nifti, open_record
 from heartbeat_fast.record import Record, view_in
 from heartbeat_training.datasets import metaimage
 from heartbeat_training.datasets.base import DatasetError, Entry, ListedDataset
@@ -113,8 +113,7 @@ def recognises(folder: Path) -> bool:
 
 def read_info(path: Path) -> CamusInfo:
     """`Key: value` lines; what cannot be read is None, as is all of a missing file."""
-    lines = readable(path).read_text(errors="replace").splitlines() if path.is_file() else []
-    pairs = {key.strip(): value.strip() for key, _, value in (row.partition(":") for row in lines)}
+    pairs = nifti.cfg(path)
 
     def number(key: str) -> float | None:
         value = pairs.get(key, "")
