@@ -28,6 +28,7 @@ from heartbeat_training.evaluation.distances import EvaluationError
 from heartbeat_training.evaluation.generate import Sampling, make, open_generator, table_of
 from heartbeat_training.evaluation.judge import train_judge
 from heartbeat_training.phantom import record
+from heartbeat_training.real_data import RealData
 
 CAMUS = Path(__file__).parents[2] / "shared/data/camus_a4c"
 HEADS = Path(__file__).parents[2] / "shared/data/weights/lpips_lin"
@@ -182,6 +183,7 @@ def test_held_out_patients_are_held_out() -> None:
     assert not refused
     held = {case.patient for case in cases}
     assert len(held) == len(cases) == 3
+    assert held == set(RealData(CAMUS, hold_out=3).held_out())  # whom training leaves out
     assert all(set(case.conditions.present) >= {"text", "mask", "flow", "image"} for case in cases)
     names = []
     for i, item in enumerate(training_records(str(CAMUS), hold_out=3)):

@@ -17,10 +17,9 @@ from heartbeat_fast.errors import RecordError
 from heartbeat_fast.record import Record
 from heartbeat_training import metrics, phantom
 from heartbeat_training.anatomy import sample_anatomy
-from heartbeat_training.datasets import CamusDataset
-from heartbeat_training.datasets.camus import recognises
+from heartbeat_training.datasets import layout_of, open_dataset
+from heartbeat_training.datasets.base import ListedDataset
 from heartbeat_training.evaluation.distances import EvaluationError
-from heartbeat_training.real_data import RealData
 
 SPLITS = ("train", "test")
 # dB from black to white. Files do not tell; it bends the figure of the real clip and of the
@@ -75,7 +74,7 @@ def open_cases(
     *,
     frames: int = 16,
     size: int = 256,
-    hold_out: int = 20,
+    hold_out: int = 0,
     limit: int | None = None,
 ) -> tuple[list[Case], list[str]]:
     """The clips of a split as cases, and one line for each clip that could not become one.
@@ -100,15 +99,16 @@ def open_cases(
         except RecordError as error:
             refused.append(f"{record.patient} {record.source}: {error}")
     if not cases:
-        raise EvaluationError(f"{data}: no clip of split {split!r} can be used; check the folder")
+        why = f"{len(refused)} are no single beat" if refused else "--hold-out N makes one"
+        raise EvaluationError(f"{data}: no clip of split {split!r} can be used; {why}")
     return cases, refused
 
 
-def training_records(data: str, hold_out: int = 20) -> Iterator[Record]:
+def training_records(data: str, hold_out: int = 0) -> Iterator[Record]:
     """All a training run on `data` may have seen, at native size: clips, and stills in CAMUS.
 
-    hold_out: in CAMUS' layout the last N patients with a half sequence are the test split, as in
-    training (`real_data.RealData`); 0 takes the release's own lists.
+    hold_out: the last N patients with a clip, by name, are the test split, as in training
+    (`real_data.RealData`); 0 takes the data set's own lists.
     """
     if seeds := phantom_seeds(data):
         return (phantom.record(seed) for seed in seeds)
@@ -117,24 +117,30 @@ def training_records(data: str, hold_out: int = 20) -> Iterator[Record]:
 
 def _training(folder: Path, hold_out: int) -> Iterator[Record]:
     yield from _records(folder, "train", hold_out)
-    if recognises(folder):
-        held = set(RealData(folder, hold_out).held_out())
-        stills = CamusDataset(folder, view="4CH", kind="stills")
-        here = {entry.patient for entry in stills.entries}
-        yield from stills.records(sorted(here - held) if hold_out else "train")
+    if layout_of(folder) == "camus":
+        stills = open_dataset(folder, "stills")
+        if not hold_out:
+            yield from stills.records("train")
+            return
+        held = set(_names(open_dataset(folder))[-hold_out:])
+        yield from stills.records([name for name in _names(stills) if name not in held])
 
 
-def _records(folder: Path, split: str, hold_out: int) -> Iterable[Record]:
+def _records(folder: Path, split: str, hold_out: int) -> Iterator[Record]:
     if split not in SPLITS:
         raise EvaluationError(f"split: {split!r} came; wanted one of {', '.join(SPLITS)}")
-    if recognises(folder) and hold_out:
-        data = RealData(folder, hold_out)
-        train = [file.parent.name for file in data.sequences()]
-        names = data.held_out() if split == "test" else train
-        return CamusDataset(folder, view="4CH").records(names)
-    from heartbeat_training.datasets import open_dataset
+    dataset = open_dataset(folder)
+    if not hold_out:
+        return dataset.records(split)
+    names = _names(dataset)
+    if len(names) <= hold_out:
+        raise EvaluationError(f"{folder}: {len(names)} patients, of which {hold_out} held out")
+    return dataset.records(names[-hold_out:] if split == "test" else names[:-hold_out])
 
-    return open_dataset(folder).records(split)
+
+def _names(dataset: ListedDataset) -> list[str]:
+    """Patients with a clip, by name."""
+    return sorted({entry.patient for entry in dataset.entries})
 
 
 def phantom_seeds(data: str) -> range:

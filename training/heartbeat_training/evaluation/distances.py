@@ -1,8 +1,9 @@
 """Distances between two sets of features: Fréchet (FID, FVD) and kernel (KID), never without doubt.
 
 With a hundred clips both are estimates with a large bias, so each comes with N, an interval over
-patients and the floor: the same distance between random halves of the real set, which no generator
-can be expected to beat. Legend: N, M samples, D features, P patients.
+patients and the floor: the same distance between random halves of the real set. Halves are
+different patients, generated clips share theirs with the real ones: a model can come below it.
+Legend: N, M samples, D features.
 """
 
 from collections.abc import Callable

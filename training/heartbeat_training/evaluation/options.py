@@ -45,10 +45,9 @@ def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
     parser.add_argument(
         "--hold-out",
         type=int,
-        default=20,
+        default=0,
         metavar="N",
-        help="CAMUS: the last N patients with a sequence are the test split, as in training; 0 "
-        "takes the release's lists (20)",
+        help="as in training: the last N patients are the test split (default: the data set's)",
     )
     parser.add_argument("--cases", type=int, metavar="N", help="only the first N clips")
 
