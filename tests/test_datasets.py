@@ -255,8 +255,8 @@ def test_check_reads_both_kinds_of_echonet(
 def test_conditions_are_extracted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = record(3, frames=4, size=64)
     calls = []
-    make = clips._arrays
-    monkeypatch.setattr(clips, "_arrays", lambda item: calls.append(item) or make(item))
+    make = clips.arrays_of
+    monkeypatch.setattr(clips, "arrays_of", lambda item: calls.append(item) or make(item))
     first = cached_conditions(clip, tmp_path)
     again = cached_conditions(record(3, frames=4, size=64), tmp_path)
     assert len(calls) == 1

@@ -34,22 +34,22 @@ def camus(tmp_path_factory: pytest.TempPathFactory) -> RealData:
 
 def test_the_last_patients_with_a_sequence_are_held_out_of_everything(camus: RealData) -> None:
     assert camus.held_out() == ["patient0004"]
-    used = [file.parent.name for file in camus.sequences()]
-    used += [ed.parent.name for ed, _ in camus.stills()]
+    used = [record.patient for record in camus.sequences()]
+    used += [record.patient for record in camus.stills()]
     assert "patient0004" not in used
     assert sorted(set(used)) == ["patient0001", "patient0002", "patient0003", "patient0005"]
 
 
 def test_few_patients_are_few_for_stills_too(camus: RealData) -> None:
     few = RealData(camus.folder, hold_out=1, patients=2)
-    assert [ed.parent.name for ed, _ in few.stills()] == ["patient0001", "patient0002"]
+    assert [record.patient for record in few.stills()] == ["patient0001", "patient0002"]
     assert few.held_out() == camus.held_out()
     assert len(plain_frames(few, 64)) == 2 * 4 + 2 * 2
 
 
 def test_nothing_left_to_learn_from_is_an_error(camus: RealData) -> None:
-    with pytest.raises(DataError, match="no half sequence"):
-        RealData(camus.folder, hold_out=4).sequences()
+    with pytest.raises(DataError, match="no patient with a clip"):
+        RealData(camus.folder, hold_out=4).learners()
 
 
 def test_changed_copies_move_masks_with_frames(camus: RealData) -> None:

@@ -30,7 +30,8 @@ class ClipCache:
     """Clips and conditions of M records.
 
     frames, labels, skeleton (M, F, H, W) uint8; flow (M, F, 2, H/4, W/4) float16 in full-size
-    pixels; sketch (M, H, W) uint8; rows: list of {"text", "ef"}.
+    pixels; sketch (M, H, W) uint8; rows: list of {"text", "ef", "labels"
+    (whether there are any)}.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,22 +45,31 @@ class ClipCache:
         return len(self.rows)
 
     @staticmethod
-    def build(folder: Path, records: Iterable[Record], count: int) -> None:
-        """Write `count` records of one shape into `folder`; done before → nothing to do."""
+    def build(
+        folder: Path, records: Iterable[Record], count: int, conditions: Path | None = None
+    ) -> None:
+        """Write `count` records of one shape into `folder`; done before → nothing to do.
+
+        conditions: a folder where extracted conditions are kept by content, for other runs on the
+        same clips; None to keep none.
+        """
+        from heartbeat_training.datasets.cache import cached_conditions  # it imports this module
+
         if (folder / "rows.json").exists():
             return
         folder.mkdir(parents=True, exist_ok=True)
         maps: dict[str, Array] = {}
         rows = []
         for i, item in enumerate(records):
-            arrays = _arrays(item)
+            arrays = cached_conditions(item, conditions) if conditions else arrays_of(item)
             for name, array in arrays.items():
                 if name not in maps:
                     maps[name] = np.lib.format.open_memmap(
                         folder / f"{name}.npy", "w+", array.dtype, (count, *array.shape)
                     )
                 maps[name][i] = array
-            rows.append({"text": item.text, "ef": item.ef})
+            labelled = item.labels is not None
+            rows.append({"text": item.text, "ef": item.ef, "labels": labelled})
         # written last: its presence says that the arrays are complete
         (folder / "rows.json").write_text(json.dumps(rows))
 
@@ -70,7 +80,7 @@ class ClipCache:
         return np.stack([[cv2.resize(c, (size, size)) for c in pair] for pair in small])
 
 
-def _arrays(item: Record) -> dict[str, Array]:
+def arrays_of(item: Record) -> dict[str, Array]:
     """One record as the cache stores it."""
     conditions = item.conditions()
     assert conditions.sketch is not None

@@ -137,15 +137,14 @@ def _clips(
         ClipCache.build(folder, records, plan.clips)
     elif stage == "stage1":
         folder = run / "clips-stage1"
-        count = plan.clips * (len(data.sequences()) + len(data.stills()))
-        ClipCache.build(
-            folder, real_data.pairs(data, config.frames, config.size, plan.clips), count
-        )
+        count = plan.clips * sum(data.counts())
+        records = real_data.pairs(data, config.frames, config.size, plan.clips)
+        ClipCache.build(folder, records, count, run.parent / "conditions")
     else:
         folder = run / "clips-stage2"
-        count = plan.clips * len(data.sequences())
+        count = plan.clips * data.counts()[0]
         records = real_data.clips(data, config.frames, config.size, plan.clips)
-        ClipCache.build(folder, records, count)
+        ClipCache.build(folder, records, count, run.parent / "conditions")
     return ClipCache(folder), folder
 
 
@@ -166,8 +165,10 @@ def _save(
     provenance: dict[str, Any] = {"data": "phantom (heartbeat_training.phantom)"}
     if data is not None:
         provenance = {
-            "data": f"{len(data.sequences())} sequences, {len(data.stills())} ED/ES pairs of "
-            f"{data.folder.name}; weights inherit its licence",
+            "data": "{} clips, {} pairs of stills of {}; weights inherit its licence".format(
+                *data.counts(), data.folder.resolve().name
+            ),
+            "split": data.split_source,
             "held_out": data.held_out(),
         }
     provenance |= {"last_stage": stage, "train_cross_attention": train_cross_attention}

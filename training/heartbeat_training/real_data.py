@@ -6,7 +6,7 @@ sees frames as they are and only the denoiser, whose latents hold no grain, sees
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.errors import HeartBeatError
-from heartbeat_fast.formats import open_record
 from heartbeat_fast.record import Record
+from heartbeat_training.datasets import layout_of, open_dataset
+from heartbeat_training.datasets.base import ListedDataset
 
 TURN, SCALE, SHIFT, GAMMA = 8.0, 0.08, 8.0, 0.25  # degrees, share, pixels of 256, share: largest
 
@@ -25,63 +26,111 @@ class DataError(HeartBeatError):
     """A folder holds too few patients for what was asked."""
 
 
-@dataclass(frozen=True)
+# What of a data set is a clip, and what a still with a better mask; kinds of `open_dataset`.
+KINDS = {"camus": ("sequences", "stills"), "echonet": ("windows", "traced")}
+
+
 class RealData:
-    """Patients of a folder in CAMUS' layout.
+    """Patients of a data set that stages may learn from, and those that none may see.
 
     Args:
-        folder: holds patientXXXX/ or database_nifti/patientXXXX/.
-        hold_out: how many of the patients with a sequence, the last ones, no stage may see.
-        patients: only the first so many of the others that have a sequence; None for all, and
-            those with ED and ES stills only.
+        folder: a release or any folder of clips (docs/data.md).
+        hold_out: how many patients with a clip, the last ones by name, are held out; None or 0 for
+            the data set's own train and test lists.
+        patients: only the first so many of the learners that have a clip; None for all, and those
+            with stills only.
+        view: "2CH" or "4CH" in CAMUS; None for all.
+
+    Raises:
+        DatasetError: the folder has no such layout. LeakError: a patient stands in two lists.
     """
 
-    folder: Path
-    hold_out: int = 20
-    patients: int | None = None
+    def __init__(
+        self,
+        folder: Path,
+        hold_out: int | None = None,
+        patients: int | None = None,
+        view: str | None = None,
+    ) -> None:
+        self.folder, self.hold_out, self.patients = folder, hold_out, patients
+        layout = layout_of(folder)
+        options = {"view": view} if layout == "camus" else {}
+        clip, still = KINDS.get(layout, (None, None))
+        self._clips = open_dataset(folder, clip, **options)
+        self._stills = open_dataset(folder, still, **options) if still else None
+
+    @property
+    def split_source(self) -> str:
+        """Who held out whom."""
+        if self.hold_out:
+            return f"last {self.hold_out} patients with a clip held out"
+        return self._clips.split_source
+
+    def counts(self) -> tuple[int, int]:
+        """Clips and stills to learn from; a patient may have one per view."""
+        found = []
+        for dataset, names in (
+            (self._clips, self.learners()),
+            (self._stills, self.still_learners()),
+        ):
+            wanted = set(names)
+            found.append(sum(e.patient in wanted for e in dataset.entries) if dataset else 0)
+        return found[0], found[1]
 
     def held_out(self) -> list[str]:
         """Patients for evaluation."""
-        return self._with_sequence()[-self.hold_out :] if self.hold_out else []
+        if self.hold_out:
+            return _names(self._clips)[-self.hold_out :]
+        return self._clips.splits()["test"]
 
-    def sequences(self) -> list[Path]:
-        """Half sequences to learn from."""
-        names = self._with_sequence()[: -self.hold_out or None][: self.patients]
+    def learners(self) -> list[str]:
+        """Patients whose clips are learned from.
+
+        Raises: DataError when nobody is left.
+        """
+        if self.hold_out:
+            names = _names(self._clips)[: -self.hold_out]
+        else:
+            names = self._clips.splits()["train"]
         if not names:
-            raise DataError(f"{self.folder}: no half sequence is left to learn from")
-        return [self._root / n / f"{n}_4CH_half_sequence.nii.gz" for n in names]
+            raise DataError(f"{self.folder}: no patient with a clip is left to learn from")
+        return names[: self.patients]
 
-    def stills(self) -> list[tuple[Path, Path]]:
-        """(ED, ES) files to learn from."""
-        names = {file.parent.name for file in self.sequences()}
-        if self.patients is None:
-            kept_out = set(self.held_out())
-            names = {p.name for p in self._root.glob("patient*")} - kept_out
-        pairs = [
-            tuple(self._root / n / f"{n}_4CH_{phase}.nii.gz" for phase in ("ED", "ES"))
-            for n in sorted(names)
-        ]
-        return [(ed, es) for ed, es in pairs if ed.is_file() and es.is_file()]
+    def still_learners(self) -> list[str]:
+        """Patients whose stills are learned from: all that are not held out, or the few."""
+        if self._stills is None:
+            return []
+        here = _names(self._stills)
+        if self.patients is not None:
+            wanted = set(self.learners())
+        elif self.hold_out:
+            wanted = set(here) - set(self.held_out())
+        else:
+            wanted = set(self._stills.splits()["train"])
+        return [name for name in here if name in wanted]
 
-    @property
-    def _root(self) -> Path:
-        inner = self.folder / "database_nifti"
-        return inner if inner.is_dir() else self.folder
+    def sequences(self) -> Iterator[Record]:
+        """The learners' clips at native size."""
+        return self._clips.records(self.learners())
 
-    def _with_sequence(self) -> list[str]:
-        files = self._root.glob("patient*/patient*_4CH_half_sequence.nii.gz")
-        return sorted(file.parent.name for file in files)
+    def stills(self) -> Iterator[Record]:
+        """The learners' ED and ES as clips of two frames at native size."""
+        names = self.still_learners()
+        return self._stills.records(names) if self._stills is not None and names else iter(())
 
 
-def still_pair(files: tuple[Path, Path], size: int) -> Record:
-    """ED and ES of a patient as a clip of two frames (2, size, size)."""
-    ed, es = (open_record(file).standardised(1, size) for file in files)
-    assert ed.labels is not None
-    assert es.labels is not None
+def _names(dataset: ListedDataset) -> list[str]:
+    return sorted({entry.patient for entry in dataset.entries})
+
+
+def still_pair(record: Record, size: int) -> Record:
+    """A clip of two frames, each made (size, size): too short for `standardised` as a clip."""
+    ed, es = (record.window(i, i + 1).standardised(1, size) for i in (0, 1))
+    labels = [still.labels for still in (ed, es) if still.labels is not None]
     return replace(
         ed,
         frames=np.concatenate([ed.frames, es.frames]),
-        labels=np.concatenate([ed.labels, es.labels]),
+        labels=np.concatenate(labels) if len(labels) == 2 else None,
     )
 
 
@@ -90,32 +139,34 @@ def pairs(data: RealData, frames: int, size: int, variants: int) -> Iterator[Rec
 
     Per variant: each sequence's first frame with one of its others, each patient's ED and ES.
     """
-    sequences = [open_record(file).standardised(frames, size) for file in data.sequences()]
-    stills = [still_pair(files, size) for files in data.stills()]
+    sequences = [record.standardised(frames, size) for record in data.sequences()]
+    stills = [still_pair(record, size) for record in data.stills()]
     for variant in range(variants):
         for i, record in enumerate(sequences):
             rng = np.random.Generator(np.random.PCG64([variant, i]))
-            other = int(rng.integers(1, len(record.frames)))
-            assert record.labels is not None
-            index = [0, other]
-            two = replace(record, frames=record.frames[index], labels=record.labels[index])
-            yield changed(two, rng)
+            yield changed(_two(record, int(rng.integers(1, len(record.frames)))), rng)
         for i, record in enumerate(stills):
             yield changed(record, np.random.Generator(np.random.PCG64([variant, i, 1])))
+
+
+def _two(record: Record, other: int) -> Record:
+    index = [0, other]
+    labels = None if record.labels is None else record.labels[index]
+    return replace(record, frames=record.frames[index], labels=labels, skeleton=None, flow=None)
 
 
 def clips(data: RealData, frames: int, size: int, variants: int) -> Iterator[Record]:
     """Whole sequences for stage 2, each `variants` times changed."""
     for variant in range(variants):
-        for i, file in enumerate(data.sequences()):
+        for i, record in enumerate(data.sequences()):
             rng = np.random.Generator(np.random.PCG64([variant, i, 2]))
-            yield changed(open_record(file).standardised(frames, size), rng)
+            yield changed(record.standardised(frames, size), rng)
 
 
 def plain_frames(data: RealData, size: int) -> NDArray[np.uint8]:
     """Frames (M, size, size) for the codec: of each sequence four, of each patient ED and ES."""
-    every = [open_record(file).standardised(4, size).frames for file in data.sequences()]
-    every += [still_pair(files, size).frames for files in data.stills()]
+    every = [record.standardised(4, size).frames for record in data.sequences()]
+    every += [still_pair(record, size).frames for record in data.stills()]
     return np.concatenate(every)
 
 

@@ -21,10 +21,14 @@ from heartbeat_training.stage_codec import LATENT_NOISE, PATCH, TEXTURES, amplit
 
 BLUR = 2.5  # pixels: what is smoother is anatomy, what is finer is grain
 WIDTHS = (32, 64, 96)
-# Weights of the losses: tried first on these frames with a frozen encoder (docs/decisions.md).
-LOW, ADVERSARIAL, BAND, HOLD = 8.0, 0.06, 0.1, 0.01
+# Weights of the losses. Plain L1 punishes every grain that is not the real one: with weight 1 the
+# decoder drew smears and a regular dot pattern that only had the right power (docs/decisions.md).
+LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, HOLD = 8.0, 0.25, 2.0, 0.03, 0.1, 0.01
 WARM = 150  # steps before the discriminator is believed
-BANDS = 8  # of radial frequency, from DC's neighbour to 0.35 cycles/pixel
+BANDS, LOWEST, HIGHEST = 8, 0.02, 0.4  # of radial frequency, cycles/pixel
+GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
+FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
+GAIN = 8.0  # grain is a twentieth of the grey range; the critic is to see it first
 
 
 class PatchCritic(nn.Module):
@@ -45,7 +49,7 @@ class PatchCritic(nn.Module):
 
     def forward(self, frames: Tensor, frozen: bool = False) -> Tensor:
         low = blur(frames)
-        x = torch.cat([low, 4 * (frames - low)], 1)
+        x = torch.cat([low, GAIN * (frames - low)], 1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             w, b = (weight.detach(), bias.detach()) if frozen else (weight, bias)
             w = w / torch.linalg.matrix_norm(w.flatten(1).float(), ord=2)
@@ -98,27 +102,55 @@ class AdversarialCodecStage:
         return {
             "frames": self._grey(picked),
             "noise": self.bank[rng.choice(TEXTURES, self.batch)[rows]],
+            "other": self.bank[rng.choice(TEXTURES, self.batch)[rows]],
             "jitter": LATENT_NOISE * jitter[rows],
             "shift": shift,
             "step": torch.full((len(picked),), step),
         }
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """8·L1 of blurred frames + L1 + band power + hinge losses of both players."""
+        """L1 of blurred frames + L1 + band power + hinge losses of both players.
+
+        Fine bands are asked of the difference of two decodings too: (y₁ − y₂)/√2 has the power of
+        what noise makes, and no pattern drawn from the latents can stand in for it.
+        """
         real = batch["frames"]
         with torch.set_grad_enabled(self.encoder):
             z = self.codec.encoder(real)
         made = self.codec.decoder(z + batch["jitter"], batch["noise"]).float()
+        twin = self.codec.decoder(z + batch["jitter"], batch["other"]).float()
+        outside = (made.abs() * (F.max_pool2d(real, 3, 1, 1) == 0)).mean()
         l1, low = (made - real).abs().mean(), (blur(made) - blur(real)).abs().mean()
-        band = _band_gap(made, real, tuple(int(v) for v in batch["shift"][0]))
+        shift = tuple(int(v) for v in batch["shift"][0])
+        wanted = _band_power(real, shift)
+        band = (_band_power(made, shift) - wanted).abs().mean()
+        # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too
+        whole = _band_power(made, shift, mean=True) - _band_power(real, shift, mean=True)
+        band = (band + whole.abs().mean()) / 2
+        grain = (_band_power((made - twin) / 2**0.5, shift) - wanted)[FINE:].abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
             F.relu(1 - self.critic(real).float()).mean()
             + F.relu(1 + self.critic(made.detach()).float()).mean()
         )
         believed = ADVERSARIAL if int(batch["step"][0]) >= WARM else 0.0
-        loss = LOW * low + l1 + BAND * band + believed * fool + judge
-        scalars = {"l1": l1, "low": low, "band": band, "fool": fool, "judge": judge}
+        loss = (
+            LOW * low
+            + PLAIN * l1
+            + OUTSIDE * outside
+            + BAND * (band + grain)
+            + believed * fool
+            + judge
+        )
+        scalars = {
+            "l1": l1,
+            "low": low,
+            "outside": outside,
+            "band": band,
+            "grain": grain,
+            "fool": fool,
+            "judge": judge,
+        }
         if self.encoder:
             mean, var = z.float().mean((0, 2, 3)), z.float().var((0, 2, 3))
             scalars["hold"] = (mean**2).mean() + ((var - 1) ** 2).mean()
@@ -149,15 +181,16 @@ class AdversarialCodecStage:
         self.codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
 
 
-def _band_gap(made: Tensor, real: Tensor, shift: tuple[int, ...]) -> Tensor:
-    """|log power| differences per radial band over each frame's patches, mean over frames."""
-    gaps = []
-    spectra = [(amplitudes(x, shift) ** 2).mean(1) for x in (made, real)]
-    side = spectra[0].shape[-2]
+def _band_power(frames: Tensor, shift: tuple[int, ...], mean: bool = False) -> Tensor:
+    """ln of the power in each radial band: (N, 1, H, W) → (BANDS, N, patches), or their means."""
+    power = amplitudes(frames, shift) ** 2
+    power = power.mean(1, keepdim=True) if mean else power
+    side = power.shape[-2]
     row, col = torch.fft.fftfreq(side), torch.fft.rfftfreq(side)
     radius = torch.hypot(row[:, None], col[None, :])
-    band = ((radius - 0.02) / 0.33 * BANDS).floor().long().to(made.device)
-    for b in range(BANDS):
-        power = [s[:, band == b].mean(1) + 1e-4 for s in spectra]
-        gaps.append((power[0].log() - power[1].log()).abs().mean())
-    return torch.stack(gaps).mean()
+    band = ((radius - LOWEST) / (HIGHEST - LOWEST) * BANDS).floor().long().to(frames.device)
+    means = [power[..., band == b].mean(-1) for b in range(BANDS)]
+    return (torch.stack(means) + FLOOR).log()
+
+
+FINE = round((GRAIN - LOWEST) / (HIGHEST - LOWEST) * BANDS)  # first band of grain

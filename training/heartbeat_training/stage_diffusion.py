@@ -71,6 +71,8 @@ class DiffusionStage:
         self._alphas = alphas_cumprod(model)
         self._known = np.ones((len(cache), len(NAMES)), np.float32)
         self._known[:, NAMES.index("ef")] = [row["ef"] is not None for row in cache.rows]
+        for name in ("mask", "skeleton"):
+            self._known[:, NAMES.index(name)] = [row.get("labels", True) for row in cache.rows]
         self._tokens = np.concatenate([tokenizer.encode(row["text"]) for row in cache.rows])
 
     def parameters(self) -> dict[str, nn.Parameter]:

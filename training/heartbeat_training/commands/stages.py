@@ -27,10 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold-out",
         type=int,
-        default=20,
         metavar="N",
-        help="the last N patients with a sequence are left out of every stage (20)",
+        help="keep the last N patients out of every stage (default: the data set's test list)",
     )
+    parser.add_argument("--view", choices=["2CH", "4CH"], help="CAMUS: only this view")
     parser.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
 
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     data = None
     if arguments.data:
-        data = RealData(arguments.data, arguments.hold_out, arguments.patients)
+        data = RealData(arguments.data, arguments.hold_out, arguments.patients, arguments.view)
     stages = STAGES if arguments.command == "all" else (arguments.command,)
     for stage in stages:
         run_stage(

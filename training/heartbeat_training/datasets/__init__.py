@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[..., ListedDataset]] = {
 }
 
 
-def open_dataset(folder: str | Path, kind: str | None = None, **options: Any) -> Dataset:
+def open_dataset(folder: str | Path, kind: str | None = None, **options: Any) -> ListedDataset:
     """Opens a release by its layout; reads lists and file names only.
 
     Args:

@@ -44,7 +44,7 @@ def cached_conditions(record: Record, folder: str | Path) -> Arrays:
             return _load(path)
         except FileError:
             path.unlink(missing_ok=True)  # a damaged entry is only a lost saving
-    arrays = clips._arrays(record)
+    arrays = clips.arrays_of(record)
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
         file.flush()
