@@ -93,7 +93,8 @@ class Parallel:
             if tensor.is_floating_point():
                 distributed.broadcast(tensor.data, 0)
         if sharding == "ddp":
-            ddp = DistributedDataParallel(self._whole, broadcast_buffers=False, init_sync=False)
+            ddp = DistributedDataParallel(self._whole, init_sync=False)
+            ddp.broadcast_buffers = False  # statistics are equal everywhere as they are
             self._learner, self._sync = ddp, ddp.no_sync
             return
         mesh = init_device_mesh(self.device.type, (self.world,))
