@@ -115,6 +115,11 @@ class PaperStage(DiffusionStage):
         model.train()
         wanted = recipe.published.conditions.split()
         self._known *= np.array([name in wanted for name in NAMES], np.float32)
+        if embeddings is not None and "image" in wanted:
+            # Now, while the model is whole: batches are drawn beside training, when its encoder may
+            # be busy or spread over processes.
+            for clip in range(len(cache)):
+                embeddings(cache.frames[clip, 0])
 
     def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
         """As DiffusionStage's, every example once per epoch."""
@@ -159,7 +164,7 @@ class PaperStage(DiffusionStage):
         batch = super().conditions(clips, frames, present)
         if self.embeddings is None:
             return batch
-        if "image" not in self.recipe.published.conditions:
+        if "image" not in self.recipe.published.conditions.split():
             kept = torch.zeros(len(clips), *self.embeddings.shape)
         else:
             kept = torch.stack([self.embeddings(self.cache.frames[c, 0]) for c in clips]).float()
