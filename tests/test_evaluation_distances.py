@@ -102,7 +102,7 @@ def test_measured_has_interval_and_floor() -> None:
     assert close.low < close.value < close.high < distant.low < distant.value < distant.high
     assert close.value < close.floor < distant.value
     assert (close.n, close.floor_n) == (60, 30)
-    with pytest.raises(EvaluationError, match="four or more"):
+    with pytest.raises(EvaluationError, match="4 or more"):
         measure(frechet, real[:9], near[:9], patients[:9])
     with pytest.raises(EvaluationError, match="wanted equal"):
         measure(frechet, real, near[:-1], patients)

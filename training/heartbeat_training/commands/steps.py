@@ -22,8 +22,8 @@ SHOWN = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Options; --steps and --sampler become lists."""
-    options.add_model(parser)
+    """Options; --counts and --samplers take the place of --steps and --sampler."""
+    options.add_model(parser, lists=True)
     options.add_data(parser)
     parser.add_argument("--counts", default=COUNTS, metavar="A,B", help="steps (%(default)s)")
     parser.add_argument("--samplers", default=SAMPLERS, metavar="A,B", help="(%(default)s)")
@@ -56,6 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
     found = options.scored(opened, sets, console)
     content = options.content_of(opened, arguments, found)
     content["workload"] |= {"samplers": samplers, "counts": counts}
+    content["workload"]["sampling"] |= {
+        "sampler": " / ".join(samplers),
+        "steps": ", ".join(map(str, counts)),
+    }
     path = options.save("steps", content, arguments.out)
     console.print(report.steps_table(content))
     for line in report.notes(content["workload"], found):

@@ -17,6 +17,7 @@ from heartbeat_fast.errors import HeartBeatError
 Features = NDArray[np.float64]
 Distance = Callable[[Features, Features], float]
 RESAMPLES = 100
+FEWEST = 4  # patients that can be halved and resampled at all
 
 
 class EvaluationError(HeartBeatError):
@@ -101,8 +102,8 @@ def measure(
         raise EvaluationError(
             f"sets: {len(real)} real, {len(fake)} generated, {len(patients)} patients; wanted equal"
         )
-    if len(names) < 4:
-        raise EvaluationError(f"patients: {len(names)} came; a distance needs four or more")
+    if len(names) < FEWEST:
+        raise EvaluationError(f"patients: {len(names)} came; a distance needs {FEWEST} or more")
     rows = [np.flatnonzero(patients == name) for name in names]
 
     def resampled(drawn: NDArray[np.int_]) -> float:

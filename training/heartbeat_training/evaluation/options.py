@@ -15,8 +15,8 @@ PHANTOMS = Path("runs/segmenter")
 NONE = "none"
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """BUNDLE_OR_MODEL and how it draws."""
+def add_model(parser: argparse.ArgumentParser, lists: bool = False) -> None:
+    """BUNDLE_OR_MODEL and how it draws; `lists`: the command has its own samplers and steps."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -25,8 +25,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a bundle's or a model's folder (default: the embedded bundle)",
     )
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--steps", type=int, default=10)
+    if lists:
+        parser.set_defaults(sampler="", steps=0)
+    else:
+        parser.add_argument("--sampler", default="dpmpp_2m")
+        parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="clips for each patient")
     parser.add_argument("--first-seed", type=int, default=1)
@@ -146,8 +149,13 @@ def open_judge(arguments: argparse.Namespace) -> tuple[Any, str]:
 def scored(
     opened: Opened, sets: dict[str, tuple[tuple[str, ...], Sampling]], console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Scores of named (conditions, sampling), with a bar."""
+    """Scores of named (conditions, sampling), with a bar; an unmeasured clip warms up first."""
+    from heartbeat_training.evaluation.cases import given
+    from heartbeat_training.evaluation.generate import make
+
     scorer, total = opened.scorer, 0
+    conditions, sampling = next(iter(sets.values()))
+    make(scorer.generator, given(scorer.cases[0], conditions), sampling, sampling.first_seed)
     for _, sampling in sets.values():
         total += len(scorer.cases) * sampling.seeds
     found = {}

@@ -15,7 +15,15 @@ from heartbeat_fast.generator import Generator
 from heartbeat_training.evaluate import Judge
 from heartbeat_training.evaluation.cases import Case, given
 from heartbeat_training.evaluation.clips import REAL, diversity, figures, summarise
-from heartbeat_training.evaluation.distances import Features, Measured, frechet, kid, measure
+from heartbeat_training.evaluation.distances import (
+    FEWEST,
+    EvaluationError,
+    Features,
+    Measured,
+    frechet,
+    kid,
+    measure,
+)
 from heartbeat_training.evaluation.features import ImageFeatures, VideoFeatures
 from heartbeat_training.evaluation.generate import Sampling, make
 from heartbeat_training.evaluation.lpips import Lpips
@@ -38,6 +46,9 @@ class Scorer:
         judge: Judge | None = None,
         lpips: Lpips | None = None,
     ) -> None:
+        """Raises: EvaluationError for too few patients, before any clip is made."""
+        if len({case.patient for case in cases}) < FEWEST:
+            raise EvaluationError(f"patients: fewer than {FEWEST} came; distances need so many")
         self.generator, self.cases, self.judge, self.lpips = generator, cases, judge, lpips
         self.images, self.video = images, video
 
@@ -56,8 +67,10 @@ class Scorer:
 
     @cached_property
     def ceiling(self) -> dict[str, dict[str, float]]:
-        """Summary of the real clips: what the judge finds in them, and texture shares of one."""
-        return summarise(self.real)
+        """Summary of the real clips: what the judge finds in them; how far patients differ."""
+        found = summarise(self.real)
+        found["diversity"]["mean"] = diversity([case.frames for case in self.cases])
+        return found
 
     def score(
         self, name: str, conditions: Iterable[str], sampling: Sampling, tick: Tick = lambda: None
@@ -68,7 +81,7 @@ class Scorer:
         cases that could not give a condition. Distances take each case's first seed alone, so that
         both sides have the same number of clips.
 
-        Raises: as the generator does; EvaluationError for fewer than four patients.
+        Raises: as the generator does.
         """
         wanted = tuple(conditions)
         rows, first, lacking = [], [], dict.fromkeys(wanted, 0)
