@@ -19,6 +19,7 @@ COMMANDS = {
     "texture": "stages",
     "stage1": "stages",
     "stage2": "stages",
+    "cmr": "stages",
     "all": "stages",
     "data": "data",
     "plan": "plan",

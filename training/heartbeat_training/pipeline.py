@@ -22,7 +22,9 @@ from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
 from heartbeat_training import real_data
 from heartbeat_training.clips import ClipCache, phantoms
+from heartbeat_training.hardware import Hardware
 from heartbeat_training.loop import train
+from heartbeat_training.processes import join, main_first
 from heartbeat_training.real_data import RealData
 from heartbeat_training.recipes import PLANS, Plan
 from heartbeat_training.stage_adversarial import AdversarialCodecStage
@@ -43,6 +45,7 @@ def run_stage(
     train_cross_attention: bool = False,
     data: RealData | None = None,
     init: Path | None = None,
+    hardware: Hardware | None = None,
 ) -> HeartBeat:
     """Run one stage of a preset to its end and save the model folder `run/model-STAGE`.
 
@@ -60,21 +63,24 @@ def run_stage(
         console.print("texture: real data train it in the codec stage; nothing to do")
         return model
     if stage in ("codec", "texture"):
-        _train_codec(stage, model, plan, run, data, start is None, console)
+        _train_codec(stage, model, plan, run, data, start is None, console, hardware)
     else:
-        cache, folder = _clips(stage, model, plan, run, data)
+        with main_first():
+            cache, folder = _clips(stage, model, plan, run, data)
+            latents = encode_cache(model, cache, folder)
         recipe = plan.stage1 if stage == "stage1" else plan.stage2
         diffusion = DiffusionStage(
             model,
             cache,
-            encode_cache(model, cache, folder),
+            latents,
             tokenizer(run),
             stage=int(stage[-1]),
             batch=recipe.batch,
             train_cross_attention=train_cross_attention,
         )
-        train(diffusion, recipe, run / stage, console)
-    _save(model, stage, preset, run, plan, data, start, train_cross_attention)
+        train(diffusion, recipe, run / stage, console, hardware)
+    if join()[0] == 0:
+        _save(model, stage, preset, run, plan, data, start, train_cross_attention)
     return model
 
 
@@ -102,26 +108,29 @@ def _train_codec(
     data: RealData | None,
     scratch: bool,
     console: Console,
+    hardware: Hardware | None,
 ) -> None:
     """The codec stages: pairs of speckles of phantoms, or real frames against a critic."""
     assert isinstance(model.codec, EchoCodec)
     size = model.config.size
     if data is not None:
         file = run / "frames.npy"
-        if not file.exists():
-            run.mkdir(parents=True, exist_ok=True)
-            np.save(run / ".frames.npy", real_data.plain_frames(data, size))
-            (run / ".frames.npy").rename(file)
+        with main_first():
+            if not file.exists():
+                run.mkdir(parents=True, exist_ok=True)
+                np.save(run / ".frames.npy", real_data.plain_frames(data, size))
+                (run / ".frames.npy").rename(file)
         frames = np.load(file, mmap_mode="r")
         real = AdversarialCodecStage(model.codec, frames, plan.codec.batch, encoder=scratch)
-        train(real, plan.codec, run / stage, console)
+        train(real, plan.codec, run / stage, console, hardware)
         real.finish()
         return
-    PairCache.build(run / "pairs", _seeds(plan, plan.pairs, offset=1_000_000), 4, size)
+    with main_first():
+        PairCache.build(run / "pairs", _seeds(plan, plan.pairs, offset=1_000_000), 4, size)
     recipe = plan.codec if stage == "codec" else plan.texture
     kind = CodecStage if stage == "codec" else TextureStage
     codec = kind(model.codec, PairCache(run / "pairs"), recipe.batch)
-    train(codec, recipe, run / stage, console)
+    train(codec, recipe, run / stage, console, hardware)
     if stage == "codec":
         codec.finish()
 

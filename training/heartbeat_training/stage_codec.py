@@ -175,7 +175,7 @@ def amplitudes(images: Tensor, shift: tuple[int, ...]) -> Tensor:
     side = min(PATCH, images.shape[-1] // 2)
     images = images[:, 0, shift[0] % side :, shift[1] % side :]
     patches = images.unfold(1, side, side).unfold(2, side, side).flatten(1, 2)
-    window = torch.hann_window(side)
+    window = torch.hann_window(side, device=images.device)
     window = window[:, None] * window
     patches = patches - patches.mean((-2, -1), keepdim=True)
     return torch.fft.rfft2(patches * window).abs()

@@ -33,17 +33,22 @@ def alphas_cumprod(model: HeartBeat) -> Tensor:
     return torch.cumprod(1 - beta, 0).float()
 
 
-def encode_cache(model: HeartBeat, cache: ClipCache, folder: Path) -> NDArray[Any]:
-    """Latents (M, F, C, h, w) float16 of every clip, written beside it once per codec."""
+def encode_cache(
+    model: HeartBeat, cache: ClipCache, folder: Path, device: torch.device | None = None
+) -> NDArray[Any]:
+    """Latents (M, F, C, h, w) float16 of every clip, written beside it once, on `device` (CPU)."""
     file = folder / "latents.npy"
     shape = (*cache.frames.shape[:2], model.config.codec.latent_channels)
     shape = (*shape, cache.frames.shape[2] // 8, cache.frames.shape[3] // 8)
     if not file.exists():
         out = np.lib.format.open_memmap(folder / ".latents.npy", "w+", np.float16, shape)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        place = device or torch.device("cpu")
+        model.codec.to(place)
+        with torch.no_grad(), torch.autocast(place.type, torch.bfloat16):
             for i in range(len(cache)):
                 frames = torch.from_numpy(cache.frames[i].astype(np.float32) / 255)[:, None]
-                out[i] = model.codec.encode(frames).float().numpy()
+                out[i] = model.codec.encode(frames.to(place)).float().cpu().numpy()
+        model.codec.to("cpu")
         (folder / ".latents.npy").rename(file)
     return np.load(file, mmap_mode="r")
 

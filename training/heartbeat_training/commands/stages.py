@@ -1,20 +1,28 @@
-"""`heartbeat-train codec | texture | stage1 | stage2 | all`: one stage of training, or all."""
+"""`heartbeat-train codec | texture | stage1 | stage2 | cmr | all`: stages of training.
+
+Presets nano and tiny are ours, on phantoms or real data; base is the paper's, on real data.
+"""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+
+from heartbeat_fast.errors import HeartBeatError
+from heartbeat_training import hardware
 
 HELPS = {
     "codec": "train the codec: frames ↔ latents",
     "texture": "train its decoder alone, for speckle",
     "stage1": "train the denoiser on single frames",
     "stage2": "train what sees time, on clips",
-    "all": "the four in turn",
+    "cmr": "tune an echo model on a few short-axis volumes, mask only (base)",
+    "all": "codec to stage2 in turn; base: stage1 and stage2",
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of every stage."""
-    parser.add_argument("--preset", choices=["nano", "tiny"], default="tiny")
+    parser.add_argument("--preset", choices=["nano", "tiny", "base"], default="tiny")
     parser.add_argument("--run", dest="folder", type=Path, default=Path("runs/tiny"), metavar="DIR")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument(
@@ -22,23 +30,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stage 2 also trains cross-attention (the paper's figure; its text freezes it)",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="real clips instead of phantoms")
-    parser.add_argument("--patients", type=int, metavar="N", help="only the first N of them")
-    parser.add_argument(
+    parser.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
+    data = parser.add_argument_group("real data (docs/data.md)")
+    data.add_argument("--data", type=Path, metavar="DIR", help="real clips instead of phantoms")
+    data.add_argument("--view", choices=["2CH", "4CH"], help="CAMUS: only this view")
+    data.add_argument("--patients", type=int, metavar="N", help="only the first N of them")
+    data.add_argument(
         "--hold-out",
         type=int,
         metavar="N",
         help="keep the last N patients out of every stage (default: the data set's test list)",
     )
-    parser.add_argument("--view", choices=["2CH", "4CH"], help="CAMUS: only this view")
-    parser.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
+    base = parser.add_argument_group("base (docs/weights.md)")
+    base.add_argument("--sd15", type=Path, metavar="PATH", help="Stable Diffusion 1.5")
+    base.add_argument("--medsam", type=Path, metavar="PATH", help="MedSAM ViT-B")
+    base.add_argument("--epochs", type=int, metavar="N", help="instead of the paper's 200")
+    hardware.add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train; an interrupted run goes on where it was."""
     import torch
 
-    from heartbeat_training.pipeline import STAGES, run_stage
     from heartbeat_training.real_data import RealData
 
     if arguments.threads:
@@ -46,8 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
     data = None
     if arguments.data:
         data = RealData(arguments.data, arguments.hold_out, arguments.patients, arguments.view)
-    stages = STAGES if arguments.command == "all" else (arguments.command,)
-    for stage in stages:
+    if arguments.preset == "base":
+        _run_paper(arguments, data)
+        return
+    from heartbeat_training.pipeline import STAGES, run_stage
+
+    if arguments.command == "cmr":
+        raise HeartBeatError("cmr: only with --preset base")
+    for stage in STAGES if arguments.command == "all" else (arguments.command,):
         run_stage(
             stage,
             arguments.preset,
@@ -55,4 +74,40 @@ def run(arguments: argparse.Namespace) -> None:
             train_cross_attention=arguments.train_cross_attention,
             data=data,
             init=arguments.init,
+            hardware=hardware.from_options(arguments),
         )
+
+
+def _run_paper(arguments: argparse.Namespace, data: object) -> None:
+    from heartbeat_fast.models.heartbeat import HeartBeat
+    from heartbeat_fast.text import Tokenizer
+    from heartbeat_training.paper import open_base
+    from heartbeat_training.paper_run import run_paper_stage
+    from heartbeat_training.real_data import RealData
+    from heartbeat_training.recipes import PAPER
+
+    if not isinstance(data, RealData):
+        raise HeartBeatError("base is trained on real data: give --data DIR")
+    if arguments.command not in (*PAPER, "all"):
+        raise HeartBeatError(
+            f"{arguments.command}: base's codec is Stable Diffusion's, and frozen; wanted "
+            f"{', '.join(PAPER)} or all"
+        )
+
+    def start() -> tuple[HeartBeat, Tokenizer]:
+        if arguments.init:
+            tokenizer = Tokenizer.open(arguments.init / "tokenizer.json")
+            return HeartBeat.from_pretrained(arguments.init), tokenizer
+        if not (arguments.sd15 and arguments.medsam):
+            raise HeartBeatError("base starts from --sd15 and --medsam, or a model folder: --init")
+        return open_base(arguments.sd15, arguments.medsam)
+
+    stages = ("stage1", "stage2") if arguments.command == "all" else (arguments.command,)
+    for stage in stages:
+        published = replace(
+            PAPER[stage],
+            train_cross_attention=arguments.train_cross_attention,
+            epochs=arguments.epochs or PAPER[stage].epochs,
+        )
+        chosen = hardware.from_options(arguments)
+        run_paper_stage(stage, arguments.folder, data, published, start, chosen)
