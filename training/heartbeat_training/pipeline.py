@@ -46,17 +46,19 @@ def run_stage(
     data: RealData | None = None,
     init: Path | None = None,
     hardware: Hardware | None = None,
+    share: float = 1.0,
 ) -> HeartBeat:
     """Run one stage of a preset to its end and save the model folder `run/model-STAGE`.
 
     Args:
         data: real patients; None for phantoms.
         init: model folder that the first stage starts from; None for random weights.
+        share: of the plan's steps.
 
     Raises: HeartBeatError when the stage before it has not been run, or does not exist.
     """
     console = Console(stderr=True)
-    plan = PLANS[preset if data is None else f"{preset}-real"]
+    plan = PLANS[preset if data is None else f"{preset}-real"].scaled(share)
     model, start = _model(stage, preset, run, BEFORE if data is None else BEFORE_REAL, init)
     tokenizer(run, init)
     if data is not None and stage == "texture":

@@ -6,7 +6,7 @@ paper does: PAPER holds what is published, and `recipe` makes steps of it once t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heartbeat_training.loop import Recipe
 
@@ -24,6 +24,13 @@ class Plan:
     stage1: Recipe
     stage2: Recipe
     first_seed: int = 10_000  # evaluation uses seeds from 900,000, the segmenter from 500,000
+
+    def scaled(self, share: float) -> "Plan":
+        """The plan with every stage's steps times `share`: a shorter or longer schedule."""
+        stages = ("codec", "texture", "stage1", "stage2")
+        found = {name: getattr(self, name) for name in stages}
+        steps = {name: replace(r, steps=round(share * r.steps)) for name, r in found.items()}
+        return replace(self, **steps)
 
 
 PLANS = {

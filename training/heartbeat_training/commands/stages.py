@@ -30,6 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stage 2 also trains cross-attention (the paper's figure; its text freezes it)",
     )
+    parser.add_argument(
+        "--share", type=float, default=1.0, metavar="X", help="nano, tiny: this share of the steps"
+    )
     parser.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
     data = parser.add_argument_group("real data (docs/data.md)")
     data.add_argument("--data", type=Path, metavar="DIR", help="real clips instead of phantoms")
@@ -75,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
             data=data,
             init=arguments.init,
             hardware=hardware.from_options(arguments),
+            share=arguments.share,
         )
 
 
