@@ -115,7 +115,7 @@ def sweep(run: Path) -> None:
 
 def _write(work: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """The files of a checkpoint, and the folder that lists them, down to the disk."""
-    save_file({key: value.contiguous() for key, value in tensors.items()}, work / TENSORS)
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, work / TENSORS)
     _sync(work / TENSORS)
     files = {TENSORS: {"bytes": (work / TENSORS).stat().st_size, "sha256": _digest(work / TENSORS)}}
     manifest = json.dumps({"step": step, "files": files, **meta}, indent=1)
