@@ -23,8 +23,11 @@ from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_o
 from heartbeat_fast.models.medsam import load_medsam
 from heartbeat_fast.text import Tokenizer
 from heartbeat_training.clips import ClipCache
-from heartbeat_training.recipes import PAPER, PaperRecipe
-from heartbeat_training.stage_diffusion import DiffusionStage, mixed_noise
+from heartbeat_training.hardware import Hardware
+from heartbeat_training.loop import train
+from heartbeat_training.processes import join
+from heartbeat_training.recipes import PAPER, PaperRecipe, Published, paper_recipe
+from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache, mixed_noise
 
 STAGES = tuple(PAPER)
 
@@ -69,13 +72,50 @@ def learned(
 def embeddings_of(model: HeartBeat, folder: Path) -> EmbeddingCache:
     """The model's image encoder, with its embeddings kept under `folder`. Runs where it lies."""
     side = model.config.image.size // model.config.image.patch
-    place = next(model.image_encoder.parameters()).device
     return EmbeddingCache(
         folder,
-        lambda images: model.image_embedding(images.to(place)),
+        lambda images: model.image_embedding(images.to(model.adapter.linear.weight.device)),
         fingerprint(model.image_encoder),
         (model.config.image.channels, side, side),
     )
+
+
+def run_paper_stage(
+    stage: str,
+    model: HeartBeat,
+    tokenizer: Tokenizer,
+    clips: Path,
+    run: Path,
+    *,
+    published: Published | None = None,
+    hardware: Hardware | None = None,
+) -> None:
+    """Train a stage of PAPER on a ClipCache's folder and save `run/model-STAGE`; resumes.
+
+    Args:
+        stage: "stage1" from `open_base`; "stage2" and "cmr" from the folder of the stage before.
+        clips: of this model's codec alone: latents and embeddings are kept beside the clips.
+        published: another recipe than PAPER's.
+
+    Raises:
+        HeartBeatError: no data, or `run` belongs to another stage or recipe.
+    """
+    cache = ClipCache(clips)
+    images = len(cache) * (cache.frames.shape[1] if stage == "stage1" else 1)
+    recipe = paper_recipe(published or PAPER[stage], images)
+    chosen = PaperStage(
+        model,
+        cache,
+        encode_cache(model, cache, clips),
+        tokenizer,
+        stage=stage,
+        recipe=recipe,
+        embeddings=embeddings_of(model, clips / "embeddings"),
+    )
+    train(chosen, recipe, run / stage, hardware=hardware)
+    if join()[0] == 0:
+        model.save_pretrained(run / f"model-{stage}")
+        tokenizer.save(run / f"model-{stage}" / "tokenizer.json")
 
 
 class PaperStage(DiffusionStage):
@@ -110,6 +150,7 @@ class PaperStage(DiffusionStage):
         if not 0 < recipe.examples <= there:
             raise HeartBeatError(f"recipe of {recipe.examples} examples; the data hold {there}")
         self.name, self.recipe, self.embeddings = stage, recipe, embeddings
+        self.images_per_row = 1 if self.stage == 1 else cache.frames.shape[1]
         self._learned = learned(model, stage, recipe.published.train_cross_attention)
         train_only(model, self._learned)
         model.train()
