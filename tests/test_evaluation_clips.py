@@ -64,6 +64,9 @@ def test_figures_see_what_is_wrong(case: Case) -> None:
     assert found["speckle_share"] > 1.2
     assert 0.3 < found["dice_lv"] < 0.9
     assert found["ssim"] < 0.99
+    black = figures(case, case.frames * 0, real=real)
+    assert np.isnan(black["travel_share"])
+    assert not np.isfinite(black["spectrum_gap"])  # and so left out of means
     still = np.repeat(case.frames[:1], len(case.frames), axis=0)
     assert figures(case, still, real=real)["flow_error"] > 2 * real["flow_error"]
 

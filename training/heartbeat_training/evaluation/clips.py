@@ -54,12 +54,16 @@ def figures(
         **_anatomy(case, frames, judge),
         "flow_error": metrics.flow_error(frames, case.flow, case.tissue),
         "flicker": metrics.flicker(frames, case.flow, case.tissue),
-        "spectrum_db": metrics.power_spectrum(frames, case.tissue).tolist(),
-        "speckle_ratio": metrics.speckle_ratio(frames, case.tissue, case.dynamic_range),
-        "travel": metrics.speckle_correlation(frames, case.flow, case.tissue),
     }
-    yardstick = real or found
-    gap = np.subtract(found["spectrum_db"], yardstick["spectrum_db"])
+    # a clip from text alone may be black where the source has tissue: no speckle, no figure
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found |= {
+            "spectrum_db": metrics.power_spectrum(frames, case.tissue).tolist(),
+            "speckle_ratio": metrics.speckle_ratio(frames, case.tissue, case.dynamic_range),
+            "travel": metrics.speckle_correlation(frames, case.flow, case.tissue),
+        }
+        yardstick = real or found
+        gap = np.subtract(found["spectrum_db"], yardstick["spectrum_db"])
     return found | {
         "spectrum_gap": float(np.abs(gap).mean()),
         "flicker_share": _share(found["flicker"], yardstick["flicker"]),
