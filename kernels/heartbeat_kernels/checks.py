@@ -12,7 +12,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST = 32  # frames of a clip: two 16-row tiles of the tensor cores
-WIDEST = 512  # channels of a temporal layer in one kernel: its sum stays in registers
+WIDEST = 256  # channels of a temporal layer in one kernel: its sum stays in registers
 EXTENT = 2**31  # elements a clip may span: offsets inside a clip are 32-bit, clips' own are 64-bit
 
 

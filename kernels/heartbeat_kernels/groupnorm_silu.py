@@ -12,6 +12,8 @@ Legend: M images, C channels, S = h·w positions, G groups, CG = C/G.
 # Triton's kernels are typed by their arguments at compile time, not by annotations.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -72,13 +74,14 @@ def constants(
     eps: float,
     affine: bool,
     launch: Launch,
-) -> dict[str, int | float | bool | tuple[int, ...]]:
-    """The kernel's compile-time arguments. x, y: strides; sizes (S,C,G)."""
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments. x, y: strides; sizes (S,C,G). Without scale and shift
+    their pointers are None and no arguments at all."""
     s, c, groups = sizes
     cg = c // groups
-    values: dict[str, int | float | bool | tuple[int, ...]]
     values = {"X": x, "Y": y, "S": s, "C": c, "CG": cg, "EPS": eps, "AFFINE": affine}
-    return {**values, "BS": launch.tile, "BG": 1 << (cg - 1).bit_length()}
+    absent = {} if affine else {"scale_ptr": None, "shift_ptr": None}
+    return {**values, "BS": launch.tile, "BG": 1 << (cg - 1).bit_length(), **absent}
 
 
 def forward(
@@ -96,7 +99,9 @@ def forward(
     """
     m, c, h, w = x.shape
     weight, bias, eps = norm
-    scale, shift = affine or (weight, bias)  # absent: never read
+    scale, shift = affine or (None, None)
     in_, out = ((t.stride(0), t.stride(1), t.stride(3)) for t in (x, y))
-    values = constants(in_, out, (h * w, c, groups), eps, affine is not None, launch)
-    kernel[m * groups, 1, 1](x, weight, bias, scale, shift, y, **values, **launch.options)
+    arguments = constants(in_, out, (h * w, c, groups), eps, affine is not None, launch)
+    arguments |= {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias}
+    arguments |= {"scale_ptr": scale, "shift_ptr": shift, "y_ptr": y}
+    kernel[m * groups, 1, 1](**arguments, **launch.options)

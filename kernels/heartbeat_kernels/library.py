@@ -209,7 +209,8 @@ def dual_cross_attention(
     out = q.new_empty(q.shape)
     with on(q):
         launch = launch_on("dual_cross_attention", q.shape[2] // heads, q)
-        op.forward(text, image, out, heads, image_scale, launch)
+        branch = None if image is None else (q_image, *image[1:])
+        op.forward(text, branch, out, heads, image_scale, launch)
     return out
 
 

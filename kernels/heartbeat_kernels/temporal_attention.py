@@ -12,13 +12,28 @@ static here, and known strides are what makes every access 16 bytes.
 """
 
 # Triton's kernels are typed by their arguments at compile time, not by annotations.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,misc"
+# Nor does its compiler take tuples with a star in them.
+# ruff: noqa: RUF005
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from heartbeat_kernels.tiles import LOG2E, load, power, product, softmax, split, store, turn
+from heartbeat_kernels.tiles import (
+    LOG2E,
+    head_tiles,
+    load,
+    power,
+    product,
+    similarity,
+    softmax,
+    split,
+    store,
+    turn,
+)
 from heartbeat_kernels.tuning import Launch
 
 
@@ -37,34 +52,37 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Y: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    P: tl.constexpr, FP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    P: tl.constexpr, FP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Grid: B · ⌈N/P⌉ · H. Q, K, V, Y: strides. FP, D0, D1: tile sides for F and D."""
+    """Grid: B · ⌈N/P⌉ · H. Q, K, V, Y: strides. FP, W: tile sides for F and D."""
     b, h, n, f = place(N, H, P, FP)
     q_ptr += b * Q[0] + h * D
     k_ptr += b * K[0] + h * D
     v_ptr += b * V[0] + h * D
     out_ptr += b * Y[0] + h * D
-    d0 = tl.arange(0, D0)
-
     # Every load is issued before the first use: the operation waits for memory, nothing else.
-    q0 = load(q_ptr, n, f, d0, Q, N, F, D)
-    k0 = load(k_ptr, n, f, d0, K, N, F, D)
-    v0 = load(v_ptr, n, f, d0, V, N, F, D)
-    if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        q1 = load(q_ptr, n, f, d1, Q, N, F, D)
-        k1 = load(k_ptr, n, f, d1, K, N, F, D)
-        v1 = load(v_ptr, n, f, d1, V, N, F, D)
+    q, k, v = (), (), ()
+    for i in tl.static_range(len(W)):
+        q = q + (load(q_ptr, n, f, i, Q, N, F, D, W),)
+        k = k + (load(k_ptr, n, f, i, K, N, F, D, W),)
+        v = v + (load(v_ptr, n, f, i, V, N, F, D, W),)
+    weights = softmax(similarity(q, k) * (LOG2E * D**-0.5), f, F).to(v[0].dtype)
+    for i in tl.static_range(len(W)):
+        store(out_ptr, product(weights, v[i]), n, f, i, Y, N, F, D, W)
 
-    scores = product(q0, turn(k0))
-    if D1 > 0:
-        scores = product(q1, turn(k1), scores)
-    weights = softmax(scores * (LOG2E * D**-0.5), f, F).to(v0.dtype)
 
-    store(out_ptr, product(weights, v0), n, f, d0, Y, N, F, D)
-    if D1 > 0:
-        store(out_ptr, product(weights, v1), n, f, d1, Y, N, F, D)
+@triton.jit
+def similar(
+    a_ptr, b_ptr, n, f, A: tl.constexpr, B: tl.constexpr,
+    N: tl.constexpr, F: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ at each position, one tile of channels after the other, none kept."""
+    a = load(a_ptr, n, f, 0, A, N, F, D, W)
+    sum = product(a, turn(load(b_ptr, n, f, 0, B, N, F, D, W)))
+    for i in tl.static_range(1, len(W)):
+        a = load(a_ptr, n, f, i, A, N, F, D, W)
+        sum = product(a, turn(load(b_ptr, n, f, i, B, N, F, D, W)), sum)
+    return sum
 
 
 @triton.jit
@@ -72,59 +90,45 @@ def backward_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, Y: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    P: tl.constexpr, FP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    P: tl.constexpr, FP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Grid as forward. A position's weights fit one tile, so they are computed anew, nothing is
-    saved for the way back, and no two programs add to one gradient. Y: strides of dq, dk, dv."""
+    saved for the way back, and no two programs add to one gradient. Four inputs do not fit the
+    registers: they are read tile by tile, the second time from the cache. Y: strides of dq, dk, dv.
+    """
     b, h, n, f = place(N, H, P, FP)
     q_ptr += b * Q[0] + h * D
     k_ptr += b * K[0] + h * D
     v_ptr += b * V[0] + h * D
     grad_ptr += b * G[0] + h * D
-    dq_ptr += b * Y[0] + h * D
-    dk_ptr += b * Y[0] + h * D
-    dv_ptr += b * Y[0] + h * D
-    d0 = tl.arange(0, D0)
+    to = b * Y[0] + h * D
 
-    q0 = load(q_ptr, n, f, d0, Q, N, F, D)
-    k0 = load(k_ptr, n, f, d0, K, N, F, D)
-    v0 = load(v_ptr, n, f, d0, V, N, F, D)
-    g0 = load(grad_ptr, n, f, d0, G, N, F, D)
-    scores = product(q0, turn(k0))
-    dp = product(g0, turn(v0))
-    if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        q1 = load(q_ptr, n, f, d1, Q, N, F, D)
-        k1 = load(k_ptr, n, f, d1, K, N, F, D)
-        v1 = load(v_ptr, n, f, d1, V, N, F, D)
-        g1 = load(grad_ptr, n, f, d1, G, N, F, D)
-        scores = product(q1, turn(k1), scores)
-        dp = product(g1, turn(v1), dp)
-
-    p = softmax(scores * (LOG2E * D**-0.5), f, F)
-    ds = (p * (dp - tl.sum(p * dp, 2)[:, :, None]) * D**-0.5).to(q0.dtype)
-    p_t, ds_t = turn(p.to(q0.dtype)), turn(ds)
-
-    store(dv_ptr, product(p_t, g0), n, f, d0, Y, N, F, D)
-    store(dq_ptr, product(ds, k0), n, f, d0, Y, N, F, D)
-    store(dk_ptr, product(ds_t, q0), n, f, d0, Y, N, F, D)
-    if D1 > 0:
-        store(dv_ptr, product(p_t, g1), n, f, d1, Y, N, F, D)
-        store(dq_ptr, product(ds, k1), n, f, d1, Y, N, F, D)
-        store(dk_ptr, product(ds_t, q1), n, f, d1, Y, N, F, D)
+    p = softmax(similar(q_ptr, k_ptr, n, f, Q, K, N, F, D, W) * (LOG2E * D**-0.5), f, F)
+    dp = similar(grad_ptr, v_ptr, n, f, G, V, N, F, D, W)
+    ds = p * (dp - tl.sum(p * dp, 2)[:, :, None]) * D**-0.5
+    kind = q_ptr.dtype.element_ty
+    p, ds = p.to(kind), ds.to(kind)
+    for i in tl.static_range(len(W)):
+        grad = load(grad_ptr, n, f, i, G, N, F, D, W)
+        store(dv_ptr + to, product(turn(p), grad), n, f, i, Y, N, F, D, W)
+        k = load(k_ptr, n, f, i, K, N, F, D, W)
+        store(dq_ptr + to, product(ds, k), n, f, i, Y, N, F, D, W)
+        q = load(q_ptr, n, f, i, Q, N, F, D, W)
+        store(dk_ptr + to, product(turn(ds), q), n, f, i, Y, N, F, D, W)
 
 
 def constants(
-    f: int, n: int, heads: int, d: int, launch: Launch, **strides: tuple[int, ...]
-) -> dict[str, int | tuple[int, ...]]:
+    f: int, n: int, heads: int, d: int, itemsize: int, launch: Launch, **strides: tuple[int, ...]
+) -> dict[str, Any]:
     """The compile-time arguments of either kernel; strides by the kernel's names for them."""
-    d0, d1 = split(d)
-    tiles = {"P": launch.tile, "FP": power(f), "D0": d0, "D1": d1}
+    backward = "G" in strides
+    widths = split(d, 32) if backward and itemsize == 4 else head_tiles(d, itemsize)
+    tiles = {"P": launch.tile, "FP": power(f), "W": widths}
     return {**strides, "F": f, "N": n, "H": heads, "D": d, **tiles}
 
 
-def grid(b: int, n: int, heads: int, launch: Launch) -> tuple[int, int, int]:
-    """Programs: one axis, since CUDA's others end at 65,535."""
+def programs(b: int, n: int, heads: int, launch: Launch) -> tuple[int, int, int]:
+    """The grid: one axis, since CUDA's others end at 65,535."""
     return b * -(-n // launch.tile) * heads, 1, 1
 
 
@@ -132,8 +136,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, launch: La
     """Writes the attention of checked (B,F,N,E) tensors into `out`, each by its own strides."""
     b, f, n, e = q.shape
     strides = {name: x.stride()[:3] for name, x in zip("QKVY", (q, k, v, out), strict=True)}
-    values = constants(f, n, heads, e // heads, launch, **strides)
-    forward_kernel[grid(b, n, heads, launch)](q, k, v, out, **values, **launch.options)
+    values = constants(f, n, heads, e // heads, q.itemsize, launch, **strides)
+    forward_kernel[programs(b, n, heads, launch)](q, k, v, out, **values, **launch.options)
 
 
 def backward(
@@ -149,5 +153,5 @@ def backward(
     b, f, n, e = q.shape
     named = zip("QKVGY", (q, k, v, grad, out[0]), strict=True)
     strides = {name: x.stride()[:3] for name, x in named}
-    values = constants(f, n, heads, e // heads, launch, **strides)
-    backward_kernel[grid(b, n, heads, launch)](q, k, v, grad, *out, **values, **launch.options)
+    values = constants(f, n, heads, e // heads, q.itemsize, launch, **strides)
+    backward_kernel[programs(b, n, heads, launch)](q, k, v, grad, *out, **values, **launch.options)

@@ -6,21 +6,35 @@ x is read once from memory (again from the first-level cache) and y written once
 at half precision, where a layer of separate kernels moves some forty. But every program streams all
 8·C² bytes of weights through its multiprocessor for its R = P·F rows, 2·C/R times the bytes of its
 rows: past some width (fused_channels in the tuning table) the library's matrix products around the
-bare attention are faster, and past 512 the (R,C) sum no longer fits the registers.
+bare attention are faster, and at 320 channels the (R,C) sum no longer fits the registers.
 
 Legend: B clips, F frames, N positions, C = H·D channels, P positions of a program, R = P·FP rows;
 strides are of (clip, frame, position), channels contiguous.
 """
 
 # Triton's kernels are typed by their arguments at compile time, not by annotations.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+# Nor does its compiler take tuples with a star in them, and `if` must choose a branch, not a value.
+# ruff: noqa: RUF005
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from heartbeat_kernels.reference import TemporalLayer
-from heartbeat_kernels.tiles import LOG2E, power, product, softmax, split, turn
+from heartbeat_kernels.tiles import (
+    LOG2E,
+    columns,
+    head_tiles,
+    no_sums,
+    power,
+    product,
+    similarity,
+    softmax,
+    split,
+)
 from heartbeat_kernels.tuning import Launch
 
 
@@ -42,18 +56,69 @@ def normalised(
 
 
 @triton.jit
-def project(z, w_ptr, row, d, c, sum, C: tl.constexpr, D: tl.constexpr):
-    """Adds z (R,BC) times the transposed rows row + d of W, columns c, to sum (R,BD)."""
-    w = tl.load(w_ptr + (row + d)[None, :] * C + c[:, None], (d < D)[None, :], other=0.0)
-    return product(z, w, sum)
+def statistics(x_ptr, at, inside, C: tl.constexpr, BC: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm's mean and 1/√(variance + ε) of the rows `at`. The variance is taken around the
+    mean: x is in the cache by then."""
+    mean = tl.zeros(at.shape, tl.float32)
+    for first in range(0, C, BC):
+        c = first + tl.arange(0, BC)
+        x = tl.load(x_ptr + at[:, None] + c[None, :], inside[:, None], other=0.0)
+        mean += tl.sum(x.to(tl.float32), 1) / C
+    variance = tl.zeros(at.shape, tl.float32)
+    for first in range(0, C, BC):
+        c = first + tl.arange(0, BC)
+        x = tl.load(x_ptr + at[:, None] + c[None, :], inside[:, None], other=0.0)
+        away = x.to(tl.float32) - mean[:, None]
+        variance += tl.sum(away * away, 1) / C
+    return mean, tl.rsqrt(variance + EPS)
 
 
 @triton.jit
-def back(o, w_ptr, e, d, c, sum, C: tl.constexpr, D: tl.constexpr):
-    """Adds o (R,BD), channels e + d of the attention, times columns e + d of W_out to sum."""
-    mask = (d < D)[:, None] & (c < C)[None, :]
-    w = tl.load(w_ptr + c[None, :] * C + (e + d)[:, None], mask, other=0.0)
-    return product(o, w, sum)
+def project(z, w_ptr, row, c, sums, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """Adds z (R,BC) times the transposed rows row + [0,D) of the weights, columns c, to the sums,
+    tiles (R,W[i])."""
+    more = ()
+    for i in tl.static_range(len(W)):
+        d = columns(W, i)
+        w = tl.load(w_ptr + (row + d)[None, :] * C + c[:, None], (d < D)[None, :], other=0.0)
+        more = more + (product(z, w, sums[i]),)
+    return more
+
+
+@triton.jit
+def over_frames(
+    q, k, v, f, kind: tl.constexpr, P: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Attention of the rows' heads, tiles (P·FP,W[i]), position by position."""
+    q_, k_, out = (), (), ()
+    for i in tl.static_range(len(W)):
+        q_ = q_ + (tl.reshape(q[i].to(kind), (P, FP, W[i])),)
+        k_ = k_ + (tl.reshape(k[i].to(kind), (P, FP, W[i])),)
+    weights = softmax(similarity(q_, k_) * (LOG2E * D**-0.5), f, F).to(kind)
+    for i in tl.static_range(len(W)):
+        o = product(weights, tl.reshape(v[i].to(kind), (P, FP, W[i])))
+        out = out + (tl.reshape(o.to(kind), (P * FP, W[i])),)
+    return out
+
+
+@triton.jit
+def back(
+    o, w_ptr, first, y,
+    C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WC: tl.constexpr,
+):  # fmt: skip
+    """Adds the attention's channels first + [0,D), times those columns of W_out, to y, tiles
+    (R,WC[j])."""
+    more = ()
+    for j in tl.static_range(len(WC)):
+        c, sum = columns(WC, j), y[j]
+        for i in tl.static_range(len(W)):
+            e = columns(W, i)
+            mask = (e < D)[:, None] & (c < C)[None, :]
+            w = tl.load(w_ptr + c[None, :] * C + (first + e)[:, None], mask, other=0.0)
+            sum = product(o[i], w, sum)
+        more = more + (sum,)
+    return more
 
 
 @triton.jit
@@ -61,10 +126,10 @@ def kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, position_ptr, w_qkv_ptr, w_out_ptr, b_out_ptr, y_ptr,
     X: tl.constexpr, Y: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    P: tl.constexpr, FP: tl.constexpr, BC: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, EPS: tl.constexpr, POSITION: tl.constexpr,
+    P: tl.constexpr, FP: tl.constexpr, BC: tl.constexpr, WC: tl.constexpr, W: tl.constexpr,
+    EPS: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: B · ⌈N/P⌉. BC: channels of a step of the first product; C0, C1 cover C, D0, D1 D."""
+    """Grid: B · ⌈N/P⌉. BC: channels of a step of the first product. WC, W: tile sides for C, D."""
     R: tl.constexpr = P * FP
     blocks: tl.constexpr = (N + P - 1) // P
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -74,90 +139,30 @@ def kernel(
     inside = (n < N) & (f < F)
     x_ptr += b * X[0]
     at = n * X[2] + f * X[1]
-    channel = tl.arange(0, BC)
+    mean, rate = statistics(x_ptr, at, inside, C, BC, EPS)
 
-    # LayerNorm's statistics, the variance around the mean: x is in the cache by the second pass
-    mean = tl.zeros((R,), tl.float32)
-    for c in range(0, C, BC):
-        x = tl.load(x_ptr + at[:, None] + c + channel[None, :], inside[:, None], other=0.0)
-        mean += tl.sum(x.to(tl.float32), 1) / C
-    variance = tl.zeros((R,), tl.float32)
-    for c in range(0, C, BC):
-        x = tl.load(x_ptr + at[:, None] + c + channel[None, :], inside[:, None], other=0.0)
-        away = x.to(tl.float32) - mean[:, None]
-        variance += tl.sum(away * away, 1) / C
-    rate = tl.rsqrt(variance + EPS)
-
-    c0 = tl.arange(0, C0)
-    c1 = C0 + tl.arange(0, C1 if C1 > 0 else 1)
-    d0 = tl.arange(0, D0)
-    d1 = D0 + tl.arange(0, D1 if D1 > 0 else 1)
-    y0 = tl.zeros((R, C0), tl.float32)
-    y1 = tl.zeros((R, C1 if C1 > 0 else 1), tl.float32)
-    frame = tl.arange(0, FP)
+    y = no_sums(R, WC)
     for h in range(H):
-        # Q, K, V of this head
-        q0 = tl.zeros((R, D0), tl.float32)
-        k0 = tl.zeros((R, D0), tl.float32)
-        v0 = tl.zeros((R, D0), tl.float32)
-        if D1 > 0:
-            q1 = tl.zeros((R, D1), tl.float32)
-            k1 = tl.zeros((R, D1), tl.float32)
-            v1 = tl.zeros((R, D1), tl.float32)
+        q, k, v = no_sums(R, W), no_sums(R, W), no_sums(R, W)
         for first in range(0, C, BC):
-            c = first + channel
+            c = first + tl.arange(0, BC)
             z = normalised(
                 x_ptr, norm_weight_ptr, norm_bias_ptr, position_ptr, at, f, inside, c,
                 mean, rate, C, F, POSITION,
             )  # fmt: skip
-            q0 = project(z, w_qkv_ptr, h * D, d0, c, q0, C, D)
-            k0 = project(z, w_qkv_ptr, C + h * D, d0, c, k0, C, D)
-            v0 = project(z, w_qkv_ptr, 2 * C + h * D, d0, c, v0, C, D)
-            if D1 > 0:
-                q1 = project(z, w_qkv_ptr, h * D, d1, c, q1, C, D)
-                k1 = project(z, w_qkv_ptr, C + h * D, d1, c, k1, C, D)
-                v1 = project(z, w_qkv_ptr, 2 * C + h * D, d1, c, v1, C, D)
+            q = project(z, w_qkv_ptr, h * D, c, q, C, D, W)
+            k = project(z, w_qkv_ptr, C + h * D, c, k, C, D, W)
+            v = project(z, w_qkv_ptr, 2 * C + h * D, c, v, C, D, W)
+        o = over_frames(q, k, v, tl.arange(0, FP), y_ptr.dtype.element_ty, P, FP, F, D, W)
+        y = back(o, w_out_ptr, h * D, y, C, D, W, WC)
 
-        # Attention over frames, position by position
-        kind = y_ptr.dtype.element_ty
-        scores = product(
-            tl.reshape(q0.to(kind), (P, FP, D0)), turn(tl.reshape(k0.to(kind), (P, FP, D0)))
-        )
-        if D1 > 0:
-            scores = product(
-                tl.reshape(q1.to(kind), (P, FP, D1)),
-                turn(tl.reshape(k1.to(kind), (P, FP, D1))),
-                scores,
-            )
-        weights = softmax(scores * (LOG2E * D**-0.5), frame, F).to(kind)
-
-        # Its share of the output projection
-        o = product(weights, tl.reshape(v0.to(kind), (P, FP, D0)))
-        o = tl.reshape(o.to(kind), (R, D0))
-        y0 = back(o, w_out_ptr, h * D, d0, c0, y0, C, D)
-        if C1 > 0:
-            y1 = back(o, w_out_ptr, h * D, d0, c1, y1, C, D)
-        if D1 > 0:
-            o = product(weights, tl.reshape(v1.to(kind), (P, FP, D1)))
-            o = tl.reshape(o.to(kind), (R, D1))
-            y0 = back(o, w_out_ptr, h * D, d1, c0, y0, C, D)
-            if C1 > 0:
-                y1 = back(o, w_out_ptr, h * D, d1, c1, y1, C, D)
-
-    y_ptr += b * Y[0]
-    to = n * Y[2] + f * Y[1]
-    finish(x_ptr, b_out_ptr, y_ptr, y0, at, to, inside, c0, C)
-    if C1 > 0:
-        finish(x_ptr, b_out_ptr, y_ptr, y1, at, to, inside, c1, C)
-
-
-@triton.jit
-def finish(x_ptr, b_out_ptr, y_ptr, y, at, to, inside, c, C: tl.constexpr):
-    """Adds bias and x to the projected attention and writes it."""
-    mask = inside[:, None] & (c < C)[None, :]
-    y += tl.load(b_out_ptr + c, c < C, other=0.0).to(tl.float32)[None, :]
-    y += tl.load(x_ptr + at[:, None] + c[None, :], mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + to[:, None] + c[None, :], y.to(y_ptr.dtype.element_ty), mask)
+    to = b * Y[0] + n * Y[2] + f * Y[1]
+    for j in tl.static_range(len(WC)):
+        c = columns(WC, j)
+        mask = inside[:, None] & (c < C)[None, :]
+        sum = y[j] + tl.load(b_out_ptr + c, c < C, other=0.0).to(tl.float32)[None, :]
+        sum += tl.load(x_ptr + at[:, None] + c[None, :], mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + to[:, None] + c[None, :], sum.to(y_ptr.dtype.element_ty), mask)
 
 
 def step(c: int) -> int:
@@ -172,22 +177,28 @@ def constants(
     heads: int,
     eps: float,
     position: bool,
+    itemsize: int,
     launch: Launch,
-) -> dict[str, int | float | bool | tuple[int, ...]]:
-    """The kernel's compile-time arguments. x, y: strides; sizes (F,N,C)."""
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments. x, y: strides; sizes (F,N,C). Without a position its
+    pointer is None and no argument at all."""
     f, n, c = sizes
-    (c0, c1), (d0, d1) = split(c), split(c // heads)
-    tiles = {"P": launch.tile, "FP": power(f), "BC": step(c), "C0": c0, "C1": c1}
-    values = {"F": f, "N": n, "C": c, "H": heads, "D": c // heads, "EPS": eps}
-    return {"X": x, "Y": y, **values, **tiles, "D0": d0, "D1": d1, "POSITION": position}
+    d = c // heads
+    tiles = {"P": launch.tile, "FP": power(f), "BC": step(c), "WC": split(c, 256)}
+    values = {"F": f, "N": n, "C": c, "H": heads, "D": d, "W": head_tiles(d, itemsize)}
+    absent = {} if position else {"position_ptr": None}
+    return {"X": x, "Y": y, **values, **tiles, "EPS": eps, "POSITION": position, **absent}
+
+
+def programs(b: int, n: int, launch: Launch) -> tuple[int, int, int]:
+    """The grid."""
+    return b * -(-n // launch.tile), 1, 1
 
 
 def forward(x: Tensor, layer: TemporalLayer, y: Tensor, heads: int, launch: Launch) -> None:
     """Writes the layer's result for checked x (B,F,N,C) into y; parameters contiguous."""
     b, f, n, c = x.shape
-    strides, position = (x.stride()[:3], y.stride()[:3]), layer.position is not None
-    values = constants(*strides, (f, n, c), heads, layer.eps, position, launch)
-    learned = layer.norm_bias if layer.position is None else layer.position  # absent: never read
-    norm, out = (layer.norm_weight, layer.norm_bias), (layer.w_out, layer.b_out)
-    tensors = (x, *norm, learned, layer.w_qkv, *out, y)
-    kernel[b * -(-n // launch.tile), 1, 1](*tensors, **values, **launch.options)
+    strides, learned = (x.stride()[:3], y.stride()[:3]), layer.position is not None
+    arguments = constants(*strides, (f, n, c), heads, layer.eps, learned, x.itemsize, launch)
+    arguments |= {f"{name}_ptr": t for name, t in layer._asdict().items() if name != "eps"}
+    kernel[programs(b, n, launch)](x_ptr=x, y_ptr=y, **arguments, **launch.options)

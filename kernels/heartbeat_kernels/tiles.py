@@ -1,11 +1,14 @@
-"""How widths that are no powers of two are tiled, and tiles of (positions, frames, channels).
+"""Tiles of widths that are no powers of two, and what the kernels share.
 
 Triton's tiles have power-of-two sides, its matrix products at least 16. A head of 160 channels
-padded to 256 would idle 38 % of loads and products; two tiles, 128 + 32, idle nothing.
+padded to 256 would idle 38 % of loads and products; two tiles, 128 + 32, idle nothing. So a matrix
+(rows, D) is a tuple of tiles here, of widths W.
 """
 
 # Triton's kernels are typed by their arguments at compile time, not by annotations.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+# Nor does its compiler take tuples with a star in them, and `if` must choose a branch, not a value.
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -19,18 +22,71 @@ def power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def split(width: int) -> tuple[int, int]:
-    """Two tile sides that cover a width, the second 0 where one is exact: 160 → 128 + 32."""
-    first = max(16, 1 << (width.bit_length() - 1))
-    return first, power(width - first) if width > first else 0
+def split(width: int, widest: int) -> tuple[int, ...]:
+    """Tile sides that cover a width, none above `widest`: 160 → 128, 32 or 64, 64, 32."""
+    widths = [max(16, min(widest, 1 << (width.bit_length() - 1)))]
+    while (rest := width - sum(widths)) > 0:
+        widths.append(min(widest, power(rest)))
+    return tuple(widths)
+
+
+def head_tiles(d: int, itemsize: int) -> tuple[int, ...]:
+    """Tile sides of a head: four-byte tiles above 64 wide do not fit the registers."""
+    return split(d, 128 if itemsize == 2 else 64)
+
+
+@triton.constexpr_function
+def before(W, i):
+    """Where the i-th tile starts."""
+    return sum(W[:i])
+
+
+@triton.jit
+def columns(W: tl.constexpr, i: tl.constexpr):
+    """The channels of the i-th tile."""
+    return before(W, i) + tl.arange(0, W[i])
+
+
+@triton.jit
+def zeros(R: tl.constexpr, W: tl.constexpr):
+    """(R,W) in float32."""
+    return tl.zeros((R, W), tl.float32)
+
+
+@triton.jit
+def no_sums(R: tl.constexpr, W: tl.constexpr):
+    """Tiles (R,W[i]) of zeros."""
+    sums = ()
+    for i in tl.static_range(len(W)):
+        sums = sums + (zeros(R, W[i]),)
+    return sums
 
 
 @triton.jit
 def product(a, b, sum=None):
-    """a b + sum on the tensor cores, accumulated in float32; float32 is not rounded to TF32."""
+    """a b + sum on the tensor cores, accumulated in float32; three TF32 products make a float32
+    one, with an error of 2⁻²¹ or so."""
     if INTERPRETED:  # numpy has no bfloat16: the interpreter would multiply its bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sum, input_precision="ieee")
+    return tl.dot(a, b, sum, input_precision="tf32x3")
+
+
+@triton.jit
+def turn(x):
+    """The last two axes exchanged."""
+    if len(x.shape) == 3:
+        return tl.permute(x, (0, 2, 1))
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
+def similarity(a, b):
+    """a bᵀ of two tuples of tiles that cover the same channels."""
+    sum = product(a[0], turn(b[0]))
+    for i in tl.static_range(1, len(a)):
+        sum = product(a[i], turn(b[i]), sum)
+    return sum
 
 
 @triton.jit
@@ -42,23 +98,23 @@ def spot(n, f, d, S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.const
 
 
 @triton.jit
-def load(ptr, n, f, d, S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr):
-    """The tile (n,f,d) of one clip; zero outside of N positions, F frames, D channels."""
-    offsets, mask = spot(n, f, d, S, N, F, D)
+def load(
+    ptr, n, f, i: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Tile (n,f,W[i]) of one clip's head; zero outside of N positions, F frames, D channels."""
+    offsets, mask = spot(n, f, columns(W, i), S, N, F, D)
     return tl.load(ptr + offsets, mask, other=0.0)
 
 
 @triton.jit
-def store(ptr, x, n, f, d, S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr):
-    """Writes what of the tile (n,f,d) lies inside, in the type of the memory."""
-    offsets, mask = spot(n, f, d, S, N, F, D)
+def store(
+    ptr, x, n, f, i: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Writes what of a tile (n,f,W[i]) lies inside, in the type of the memory."""
+    offsets, mask = spot(n, f, columns(W, i), S, N, F, D)
     tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def turn(x):
-    """(P,F,D) to (P,D,F)."""
-    return tl.permute(x, (0, 2, 1))
 
 
 @triton.jit
