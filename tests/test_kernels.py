@@ -20,9 +20,7 @@ NUMERICS = Path(__file__).with_name("kernels_numerics.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "which", ["temporal_attention", "dual", "block or norm or geglu or opcheck"]
-)
+@pytest.mark.parametrize("which", ["temporal_attention", "dual", "block or norm or geglu or op"])
 def test_numerics_in_the_interpreter(which: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     done = run_pytest(NUMERICS, "-k", which, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
@@ -114,8 +112,8 @@ def test_backends_agree_on_a_cpu() -> None:
     both(lambda backend: ops.temporal_block(q, LAYER, 2, backend=backend))
     a, b = qkv(2, 9, 32), qkv(2, 9, 32)
     both(lambda backend: ops.dual_cross_attention(a, b, 2, image_scale=0.3, backend=backend))  # type: ignore[arg-type]
-    norm = torch.rand(4), torch.rand(4)
-    both(lambda backend: ops.groupnorm_silu(q, 2, *norm, affine=(q[:, :, 0, 0], q[:, :, 1, 1]), backend=backend))  # fmt: skip
+    w, affine = torch.rand(4), (torch.rand(2, 4), torch.rand(2, 4))
+    both(lambda backend: ops.groupnorm_silu(q, 2, w, w, affine=affine, backend=backend))
     both(lambda backend: ops.geglu(q, backend=backend))
 
 
@@ -135,7 +133,7 @@ class Layers(nn.Module):
 
 
 def test_compiles_to_one_graph_with_gradients() -> None:
-    """aot_eager: tracing, fake implementations and gradients; what the inductor adds is not ours."""
+    """aot_eager: tracing, fakes and gradients; what the inductor adds is not ours."""
     tensors = [torch.randn(2, 4, 3, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)]
     mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
     compiled = torch.compile(Layers(), fullgraph=True, backend="aot_eager")

@@ -176,7 +176,7 @@ def check_groupnorm(
     check_alike(op, {"x": x} | parameters, fast=False)
     if not fast:
         return
-    check_alike(op, {"x": x.flatten()[:1]} | parameters, fast=True)
+    check_alike(op, {"x": x[0, 0, 0, :1]} | parameters, fast=True)
     formats = torch.contiguous_format, torch.channels_last
     if not any(x.is_contiguous(memory_format=f) for f in formats):
         raise KernelError(f"{op}: x has strides {x.stride()}; wanted NCHW or NHWC without gaps")
