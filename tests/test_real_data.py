@@ -67,16 +67,16 @@ def test_changed_copies_move_masks_with_frames(camus: RealData) -> None:
 def test_nano_trains_on_patients_from_a_phantom_model(camus: RealData, tmp_path: Path) -> None:
     from heartbeat_fast.models.config import PRESETS
     from heartbeat_fast.models.heartbeat import HeartBeat
-    from heartbeat_training.pipeline import run_stage, tokenizer
+    from heartbeat_training.pipeline import STAGES_REAL, run_stage, tokenizer
 
     start = tmp_path / "start"
     before = HeartBeat(PRESETS["nano"])
     before.save_pretrained(start)
     tokenizer(tmp_path).save(start / "tokenizer.json")
     run = tmp_path / "run"
-    for stage in ("codec", "stage1", "stage2"):
+    for stage in STAGES_REAL:
         model = run_stage(stage, "nano", run, data=camus, init=start)
-    story = json.loads((run / "model-stage2/provenance.json").read_text())
+    story = json.loads((run / "model-texture/provenance.json").read_text())
     assert story["init"] == "start"
     assert story["held_out"] == ["patient0004"]
     old, new = before.state_dict(), model.state_dict()

@@ -3,7 +3,7 @@
 runs/NAME/{pairs, clips, …}/ rendered or read once; runs/NAME/{codec, texture, stage1, stage2}/
 checkpoints and TensorBoard; runs/NAME/model-{codec, …}/ what `heartbeat-export onnx` takes. Data
 are phantoms, or real patients (RealData): these have no known scatterers, so their codec learns
-against a critic, in one stage that makes speckle too.
+against a critic, and their texture stage comes last: it needs the denoiser's latents.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from heartbeat_fast.errors import HeartBeatError
@@ -22,6 +23,7 @@ from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
 from heartbeat_training import real_data
 from heartbeat_training.clips import ClipCache, phantoms
+from heartbeat_training.generated import generated_latents
 from heartbeat_training.hardware import Hardware
 from heartbeat_training.loop import train
 from heartbeat_training.processes import join, main_first
@@ -34,7 +36,8 @@ from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache
 PROMPTS = ("An ECHO with 2-chamber view.", "An ECHO with 4-chamber view.", "An ECHO.", "")
 STAGES = ("codec", "texture", "stage1", "stage2")
 BEFORE = {"texture": "codec", "stage1": "texture", "stage2": "stage1"}
-BEFORE_REAL = {"stage1": "codec", "stage2": "stage1"}
+STAGES_REAL = ("codec", "stage1", "stage2", "texture")
+BEFORE_REAL = {"stage1": "codec", "stage2": "stage1", "texture": "stage2"}
 
 
 def run_stage(
@@ -61,11 +64,11 @@ def run_stage(
     plan = PLANS[preset if data is None else f"{preset}-real"].scaled(share)
     model, start = _model(stage, preset, run, BEFORE if data is None else BEFORE_REAL, init)
     tokenizer(run, init)
-    if data is not None and stage == "texture":
-        console.print("texture: real data train it in the codec stage; nothing to do")
-        return model
     if stage in ("codec", "texture"):
-        _train_codec(stage, model, plan, run, data, start is None, console, hardware)
+        if data is None:
+            _train_codec(stage, model, plan, run, console, hardware)
+        else:
+            _train_real_codec(stage, model, plan, run, data, start is None, console, hardware)
     else:
         with main_first():
             cache, folder = _clips(stage, model, plan, run, data)
@@ -107,34 +110,67 @@ def _train_codec(
     model: HeartBeat,
     plan: Plan,
     run: Path,
-    data: RealData | None,
-    scratch: bool,
     console: Console,
     hardware: Hardware | None,
 ) -> None:
-    """The codec stages: pairs of speckles of phantoms, or real frames against a critic."""
+    """The codec stages on phantoms: pairs of speckles of one anatomy."""
     assert isinstance(model.codec, EchoCodec)
-    size = model.config.size
-    if data is not None:
-        file = run / "frames.npy"
-        with main_first():
-            if not file.exists():
-                run.mkdir(parents=True, exist_ok=True)
-                np.save(run / ".frames.npy", real_data.plain_frames(data, size))
-                (run / ".frames.npy").rename(file)
-        frames = np.load(file, mmap_mode="r")
-        real = AdversarialCodecStage(model.codec, frames, plan.codec.batch, encoder=scratch)
-        train(real, plan.codec, run / stage, console, hardware)
-        real.finish()
-        return
     with main_first():
-        PairCache.build(run / "pairs", _seeds(plan, plan.pairs, offset=1_000_000), 4, size)
+        seeds = _seeds(plan, plan.pairs, offset=1_000_000)
+        PairCache.build(run / "pairs", seeds, 4, model.config.size)
     recipe = plan.codec if stage == "codec" else plan.texture
     kind = CodecStage if stage == "codec" else TextureStage
     codec = kind(model.codec, PairCache(run / "pairs"), recipe.batch)
     train(codec, recipe, run / stage, console, hardware)
     if stage == "codec":
         codec.finish()
+
+
+def _train_real_codec(
+    stage: str,
+    model: HeartBeat,
+    plan: Plan,
+    run: Path,
+    data: RealData,
+    scratch: bool,
+    console: Console,
+    hardware: Hardware | None,
+) -> None:
+    """The codec stages on real frames: encoded ones, or as the denoiser would have them."""
+    assert isinstance(model.codec, EchoCodec)
+    recipe, generated = (plan.codec, None) if stage == "codec" else (plan.texture, None)
+    with main_first():
+        if stage == "codec":
+            frames = _frames(model, run, data)
+        else:
+            folder = run / "clips-plain"
+            records = real_data.clips(data, model.config.frames, model.config.size, 0)
+            ClipCache.build(folder, records, data.counts()[0], run.parent / "conditions")
+            cache = ClipCache(folder)
+            latents = encode_cache(model, cache, folder)
+            words = tokenizer(run)
+            denoiser = DiffusionStage(model, cache, latents, words, stage=2, batch=1)
+            generated = generated_latents(denoiser, folder).reshape(-1, *latents.shape[2:])
+            frames = cache.frames.reshape(-1, *cache.frames.shape[2:])
+    real = AdversarialCodecStage(
+        model.codec,
+        frames,
+        recipe.batch,
+        encoder=scratch and stage == "codec",
+        generated=generated,
+    )
+    train(real, recipe, run / stage, console, hardware)
+    real.finish()
+
+
+def _frames(model: HeartBeat, run: Path, data: RealData) -> NDArray[np.uint8]:
+    """Unchanged frames (M, H, W), read once."""
+    file = run / "frames.npy"
+    if not file.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        np.save(run / ".frames.npy", real_data.plain_frames(data, model.config.size))
+        (run / ".frames.npy").rename(file)
+    return np.load(file, mmap_mode="r")
 
 
 def _clips(

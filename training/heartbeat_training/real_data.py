@@ -156,7 +156,9 @@ def _two(record: Record, other: int) -> Record:
 
 
 def clips(data: RealData, frames: int, size: int, variants: int) -> Iterator[Record]:
-    """Whole sequences for stage 2, each `variants` times changed."""
+    """Whole sequences for stage 2, each `variants` times changed; 0: once, as they are."""
+    if not variants:
+        yield from (record.standardised(frames, size) for record in data.sequences())
     for variant in range(variants):
         for i, record in enumerate(data.sequences()):
             rng = np.random.Generator(np.random.PCG64([variant, i, 2]))

@@ -50,13 +50,13 @@ PLANS = {
         stage1=Recipe(steps=1600, batch=32, lr=1e-3, warmup=150, ema=0.998),
         stage2=Recipe(steps=1000, batch=3, lr=5e-4, warmup=50, ema=0.99),
     ),
-    # Real patients (real_data.py): `clips` counts the changed copies of each; the codec stage makes
-    # speckle too. About an hour on two CPU cores, from the phantom-trained model or from nothing.
+    # Real patients (real_data.py): `clips` counts the changed copies of each. About an hour on two
+    # CPU cores, from the phantom-trained model or from nothing.
     "nano-real": Plan(
         pairs=0,
         clips=1,
         codec=Recipe(steps=10, batch=4, lr=2e-3, warmup=5, ema=0.9),
-        texture=Recipe(steps=0, batch=4),
+        texture=Recipe(steps=5, batch=4, lr=1e-3, warmup=2, ema=0.9),
         stage1=Recipe(steps=10, batch=8, lr=2e-3, warmup=5, ema=0.9),
         stage2=Recipe(steps=5, batch=2, lr=1e-3, warmup=5, ema=0.9),
     ),
@@ -64,7 +64,7 @@ PLANS = {
         pairs=0,
         clips=6,
         codec=Recipe(steps=1500, batch=8, lr=1e-3, warmup=50, ema=0.995),
-        texture=Recipe(steps=0, batch=8),
+        texture=Recipe(steps=800, batch=8, lr=5e-4, warmup=50, ema=0.99),
         stage1=Recipe(steps=1200, batch=32, lr=7e-4, warmup=100, ema=0.998),
         stage2=Recipe(steps=450, batch=3, lr=5e-4, warmup=50, ema=0.99),
     ),

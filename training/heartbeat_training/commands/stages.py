@@ -12,11 +12,11 @@ from heartbeat_training import hardware
 
 HELPS = {
     "codec": "train the codec: frames ↔ latents",
-    "texture": "train its decoder alone, for speckle",
+    "texture": "train its decoder alone, for speckle; on real data the last stage",
     "stage1": "train the denoiser on single frames",
     "stage2": "train what sees time, on clips",
     "cmr": "tune an echo model on a few short-axis volumes, mask only (base)",
-    "all": "codec to stage2 in turn; base: stage1 and stage2",
+    "all": "the four in turn; base: stage1 and stage2",
 }
 
 
@@ -65,11 +65,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.preset == "base":
         _run_paper(arguments, data)
         return
-    from heartbeat_training.pipeline import STAGES, run_stage
+    from heartbeat_training.pipeline import STAGES, STAGES_REAL, run_stage
 
     if arguments.command == "cmr":
         raise HeartBeatError("cmr: only with --preset base")
-    for stage in STAGES if arguments.command == "all" else (arguments.command,):
+    every = STAGES_REAL if data else STAGES
+    for stage in every if arguments.command == "all" else (arguments.command,):
         run_stage(
             stage,
             arguments.preset,
