@@ -1,6 +1,5 @@
 """The paper's stages: what `base` trains and freezes, its recipes, and one real step of each."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from heartbeat_training.paper import (
     embeddings_of,
     learned,
     open_base,
-    run_paper_stage,
 )
 from heartbeat_training.recipes import PAPER, PaperRecipe, Published, paper_recipe
 from heartbeat_training.stage_diffusion import encode_cache
@@ -288,19 +286,3 @@ def test_open_base_reads_the_published_files(tmp_path: Path) -> None:
         assert all(torch.equal(t, wanted[k]) for k, t in part.state_dict().items())
     ours, wanted = model.denoiser.state_dict(), theirs.denoiser.state_dict()
     assert all(torch.equal(ours[k], t) for k, t in wanted.items() if k != "conv_in.weight")
-
-
-def test_the_three_stages_in_turn(
-    data: tuple[ClipCache, Path], nano_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Each from the folder of the one before; the recipe stands in the checkpoint."""
-    _, clips = data
-    model = narrow()
-    for stage in ("stage1", "stage2", "cmr"):
-        published = replace(PAPER[stage], batch=16 if stage == "stage1" else 4, epochs=1)
-        run_paper_stage(stage, model, nano_tokenizer, clips, tmp_path, published=published)
-        model = HeartBeat.from_pretrained(tmp_path / f"model-{stage}")
-        manifest = json.loads(next((tmp_path / stage).glob("step-*/manifest.json")).read_text())
-        assert manifest["recipe"]["published"] == asdict(published)
-        assert manifest["recipe"]["steps"] == 1
-    assert (tmp_path / "model-cmr" / "tokenizer.json").is_file()

@@ -35,6 +35,8 @@ def test_base_goes_from_patients_to_a_cmr_model(
     assert story["held_out"] == ["patient0004"]
     assert story["recipe"]["published"]["epochs"] == 1
     assert story["recipe"]["examples"] == 3  # clips of the learners
+    kept = next((tmp_path / "run/stage2").glob("step-*/manifest.json"))
+    assert json.loads(kept.read_text())["recipe"]["published"]["batch"] == 2
     again = HeartBeat.from_pretrained(tmp_path / "run/model-stage2").state_dict()
     assert all(again[k].equal(v) for k, v in two.state_dict().items())
     moved = {k.split(".")[0] for k, v in cmr.state_dict().items() if not again[k].equal(v)}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.generator import TEMPERATURE
+from heartbeat_fast.models.embeddings import fingerprint
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_training.stage_diffusion import DiffusionStage, alphas_cumprod, mixed_noise
 
@@ -22,16 +23,15 @@ FEWER = 0.25  # share of clips made from a random subset of their conditions
 
 
 def generated_latents(stage: DiffusionStage, folder: Path) -> NDArray[Any]:
-    """Latents (M, F, C, h, w) float16 of every clip of a stage's cache, written once.
+    """Latents (M, F, C, h, w) float16 of every clip of a stage's cache, written once per model.
 
     A quarter of the clips is made from some conditions only, the rest from all they have.
     """
-    file = folder / "generated.npy"
+    file = folder / f"generated-{fingerprint(stage.model)[:16]}.npy"
     if not file.exists():
         stage.model.eval()
-        out = np.lib.format.open_memmap(
-            folder / ".generated.npy", "w+", np.float16, stage.latents.shape
-        )
+        part = file.with_suffix(".part")
+        out = np.lib.format.open_memmap(part, "w+", np.float16, stage.latents.shape)
         for clip in range(len(out)):
             rng = np.random.Generator(np.random.PCG64([0x6E4, clip]))
             keep = 0.5 if rng.random() < FEWER else 1.0
@@ -39,7 +39,7 @@ def generated_latents(stage: DiffusionStage, folder: Path) -> NDArray[Any]:
             conditions = stage.conditions(np.array([clip]), None, present)
             noise = torch.Generator().manual_seed(clip)
             out[clip] = sample(stage.model, conditions, out.shape[1:], noise)[0].numpy()
-        (folder / ".generated.npy").rename(file)
+        part.rename(file)
     return np.load(file, mmap_mode="r")
 
 

@@ -23,11 +23,8 @@ from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_o
 from heartbeat_fast.models.medsam import load_medsam
 from heartbeat_fast.text import Tokenizer
 from heartbeat_training.clips import ClipCache
-from heartbeat_training.hardware import Hardware
-from heartbeat_training.loop import train
-from heartbeat_training.processes import join
-from heartbeat_training.recipes import PAPER, PaperRecipe, Published, paper_recipe
-from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache, mixed_noise
+from heartbeat_training.recipes import PAPER, PaperRecipe
+from heartbeat_training.stage_diffusion import DiffusionStage
 
 STAGES = tuple(PAPER)
 
@@ -80,44 +77,6 @@ def embeddings_of(model: HeartBeat, folder: Path) -> EmbeddingCache:
     )
 
 
-def run_paper_stage(
-    stage: str,
-    model: HeartBeat,
-    tokenizer: Tokenizer,
-    clips: Path,
-    run: Path,
-    *,
-    published: Published | None = None,
-    hardware: Hardware | None = None,
-) -> None:
-    """Train a stage of PAPER on a ClipCache's folder and save `run/model-STAGE`; resumes.
-
-    Args:
-        stage: "stage1" from `open_base`; "stage2" and "cmr" from the folder of the stage before.
-        clips: of this model's codec alone: latents and embeddings are kept beside the clips.
-        published: another recipe than PAPER's.
-
-    Raises:
-        HeartBeatError: no data, or `run` belongs to another stage or recipe.
-    """
-    cache = ClipCache(clips)
-    images = len(cache) * (cache.frames.shape[1] if stage == "stage1" else 1)
-    recipe = paper_recipe(published or PAPER[stage], images)
-    chosen = PaperStage(
-        model,
-        cache,
-        encode_cache(model, cache, clips),
-        tokenizer,
-        stage=stage,
-        recipe=recipe,
-        embeddings=embeddings_of(model, clips / "embeddings"),
-    )
-    train(chosen, recipe, run / stage, hardware=hardware)
-    if join()[0] == 0:
-        model.save_pretrained(run / f"model-{stage}")
-        tokenizer.save(run / f"model-{stage}" / "tokenizer.json")
-
-
 class PaperStage(DiffusionStage):
     """A stage of PAPER. Examples: frames in stage 1, clips (volumes) otherwise.
 
@@ -150,7 +109,6 @@ class PaperStage(DiffusionStage):
         if not 0 < recipe.examples <= there:
             raise HeartBeatError(f"recipe of {recipe.examples} examples; the data hold {there}")
         self.name, self.recipe, self.embeddings = stage, recipe, embeddings
-        self.images_per_row = 1 if self.stage == 1 else cache.frames.shape[1]
         self._learned = learned(model, stage, recipe.published.train_cross_attention)
         train_only(model, self._learned)
         model.train()
@@ -162,28 +120,16 @@ class PaperStage(DiffusionStage):
             for clip in range(len(cache)):
                 embeddings(cache.frames[clip, 0])
 
-    def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
-        """As DiffusionStage's, every example once per epoch."""
+    def chance(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Which conditions are present (B,7), at the recipe's rates."""
         published, batch = self.recipe.published, self.recipe.batch
-        clips, frames = self.picks(step)
         present = rng.random((batch, len(NAMES))) >= published.drop
         present &= rng.random((batch, 1)) >= published.drop_all
-        t = torch.randint(self.model.config.steps, (batch,))
-        count = self.latents.shape[1] if frames is None else 1
-        shape = (batch, count, *self.latents.shape[2:])
-        noise = mixed_noise(shape, self.model.config.shared_noise)
-        clips, frames = clips[rows], None if frames is None else frames[rows]
-        z0 = [
-            self.latents[c] if frames is None else self.latents[c, frames[i]]
-            for i, c in enumerate(clips)
-        ]
-        return self.conditions(clips, frames, present[rows].astype(np.float32)) | {
-            "z0": torch.from_numpy(np.stack(z0).astype(np.float32)),
-            "t": t[rows],
-            "noise": noise[rows],
-        }
+        return present.astype(np.float32)
 
-    def picks(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    def picks(
+        self, step: int, rng: np.random.Generator | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
         """The examples of a step: clips (B,), and in stage 1 their frames (B,1).
 
         An epoch is one order of all examples; its last batch is filled up from its start.

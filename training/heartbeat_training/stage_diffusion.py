@@ -7,6 +7,7 @@ condition on; dropping each on its own makes any subset, and guidance, work. Leg
 frames, M = B·F images, C channels, h w latents.
 """
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -36,12 +37,14 @@ def alphas_cumprod(model: HeartBeat) -> Tensor:
 def encode_cache(
     model: HeartBeat, cache: ClipCache, folder: Path, device: torch.device | None = None
 ) -> NDArray[Any]:
-    """Latents (M, F, C, h, w) float16 of every clip, written beside it once, on `device` (CPU)."""
-    file = folder / "latents.npy"
+    """Latents (M, F, C, h, w) float16 of every clip, made on `device` (CPU) and kept beside the
+    clips, by the encoder that made them.
+    """
+    file = folder / f"latents-{_encoder_mark(model)}.npy"
     shape = (*cache.frames.shape[:2], model.config.codec.latent_channels)
     shape = (*shape, cache.frames.shape[2] // 8, cache.frames.shape[3] // 8)
     if not file.exists():
-        out = np.lib.format.open_memmap(folder / ".latents.npy", "w+", np.float16, shape)
+        out = np.lib.format.open_memmap(file.with_suffix(".part"), "w+", np.float16, shape)
         place = device or torch.device("cpu")
         model.codec.to(place)
         with torch.no_grad(), torch.autocast(place.type, torch.bfloat16):
@@ -49,8 +52,18 @@ def encode_cache(
                 frames = torch.from_numpy(cache.frames[i].astype(np.float32) / 255)[:, None]
                 out[i] = model.codec.encode(frames.to(place)).float().cpu().numpy()
         model.codec.to("cpu")
-        (folder / ".latents.npy").rename(file)
+        (file.with_suffix(".part")).rename(file)
     return np.load(file, mmap_mode="r")
+
+
+def _encoder_mark(model: HeartBeat) -> str:
+    """Digest of the codec's tensors but the decoder's."""
+    parts = {k: v for k, v in model.codec.state_dict().items() if ".decoder." not in f".{k}"}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parts.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 class DiffusionStage:
@@ -70,6 +83,7 @@ class DiffusionStage:
         self.name = f"stage{stage}"
         self.model, self.cache, self.latents = model, cache, latents
         self.stage, self.batch = stage, batch
+        self.images_per_row = 1 if stage == 1 else cache.frames.shape[1]
         self._learned = stage_parameters(model, stage, train_cross_attention)
         train_only(model, self._learned)
         model.train()
@@ -86,25 +100,35 @@ class DiffusionStage:
 
     def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
         """Conditions, clean latents z0 (B, F, C, h, w), times t (B,) and noise like z0."""
-        total = self.cache.frames.shape[1]
-        few = len(self.cache) < self.batch
-        clips = np.sort(rng.choice(len(self.cache), self.batch, replace=few))
-        count = 1 if self.stage == 1 else total
-        frames = rng.integers(total, size=(self.batch, 1)) if count == 1 else None
-        present = drop(self.batch, rng, self.stage == 1)
+        clips, frames = self.picks(step, rng)
+        present = self.chance(rng)
         t = torch.randint(self.model.config.steps, (self.batch,))
-        shape = (self.batch, count, *self.latents.shape[2:])
+        shape = (self.batch, self.images_per_row, *self.latents.shape[2:])
         noise = mixed_noise(shape, self.model.config.shared_noise)
-        clips, picked = clips[rows], None if frames is None else frames[rows]
+        clips, frames = clips[rows], None if frames is None else frames[rows]
         z0 = np.stack(
             [
-                self.latents[c] if picked is None else self.latents[c, picked[i]]
+                self.latents[c] if frames is None else self.latents[c, frames[i]]
                 for i, c in enumerate(clips)
             ]
         )
-        batch = self.conditions(clips, picked, present[rows])
+        batch = self.conditions(clips, frames, present[rows])
         rest = {"z0": torch.from_numpy(z0.astype(np.float32)), "t": t[rows], "noise": noise[rows]}
         return batch | rest
+
+    def picks(
+        self, step: int, rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The batch's clips (B,), and in stage 1 one frame of each (B, 1)."""
+        few = len(self.cache) < self.batch
+        clips = np.sort(rng.choice(len(self.cache), self.batch, replace=few))
+        if self.stage == 2:
+            return clips, None
+        return clips, rng.integers(self.cache.frames.shape[1], size=(self.batch, 1))
+
+    def chance(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Which conditions are present (B, 7)."""
+        return drop(self.batch, rng, self.stage == 1)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise or v."""
@@ -169,10 +193,12 @@ class DiffusionStage:
         )
         for names in sets:
             present = np.tile(np.array([[n in names for n in NAMES]], np.float32), (6, 1))
-            z = self.sample(self.conditions(clips, frames, present), frames=1)
+            place = self.model.ef_token.absent.device
+            given = {k: v.to(place) for k, v in self.conditions(clips, frames, present).items()}
+            z = self.sample(given, frames=1)
             noise = torch.randn(6, 2, *self.cache.frames.shape[2:])
-            image = self.model.codec.decode(z[:, 0], noise)[:, 0]
-            rows.append((image * 255).round().byte().numpy())
+            image = self.model.codec.decode(z[:, 0], noise.to(place))[:, 0]
+            rows.append((image * 255).round().byte().cpu().numpy())
         self.model.train()
         return np.concatenate([np.concatenate(list(row), 1) for row in rows])
 
@@ -184,11 +210,13 @@ class DiffusionStage:
         count = len(conditions["present"])
         generator = torch.Generator().manual_seed(0)
         shape = (count, frames, config.codec.latent_channels, side, side)
-        z = mixed_noise(shape, config.shared_noise, generator)
-        times = torch.linspace(config.steps - 1, 0, steps + 1).round().long()
+        place = conditions["present"].device
+        z = mixed_noise(shape, config.shared_noise, generator).to(place)
+        alphas = self._alphas.to(place)
+        times = torch.linspace(config.steps - 1, 0, steps + 1, device=place).round().long()
         for now, then in pairwise(times):
             out = self.model.predict(z, now.expand(count), conditions).float()
-            a, b = self._alphas[now], self._alphas[then]
+            a, b = alphas[now], alphas[then]
             if config.prediction == "v_prediction":
                 z0, noise = a.sqrt() * z - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * z
             else:
