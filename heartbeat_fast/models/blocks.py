@@ -5,12 +5,16 @@ Legend: B clips, F frames, M = B·F images, C channels, h w latents, N = h·w po
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from heartbeat_kernels import ops
 from heartbeat_kernels.reference import attention, dual_cross_attention, temporal_attention
+
+Kernels = Literal["reference", "triton"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Attention(nn.Module):
     def __init__(self, c: int, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.kernels: Kernels = "reference"  # use_kernels sets it
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k = nn.Linear(context_dim or c, c, bias=False)
         self.to_v = nn.Linear(context_dim or c, c, bias=False)
@@ -89,7 +94,9 @@ class DualCrossAttention(Attention):
         """(B,F·N,C) to (B,F·N,C): frames are queries of their clip, K and V stay (B,T,C)."""
         text = (self.to_q(x), kv[0], kv[1])
         image = (self.to_q_ip(x), kv[2], kv[3]) if len(kv) == 4 else None
-        return self.to_out[0](dual_cross_attention(text, image, self.heads))
+        fast = self.kernels == "triton"
+        attend = ops.dual_cross_attention if fast else dual_cross_attention
+        return self.to_out[0](attend(text, image, self.heads))
 
 
 class TemporalAttention(Attention):
@@ -105,7 +112,8 @@ class TemporalAttention(Attention):
     def over_frames(self, x: Tensor, frames: int) -> Tensor:
         """(M,N,C) to (M,N,C)."""
         x = x.unflatten(0, (-1, frames)) + self.position[:frames, None]
-        x = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads)
+        attend = ops.temporal_attention if self.kernels == "triton" else temporal_attention
+        x = attend(self.to_q(x), self.to_k(x), self.to_v(x), self.heads)
         return self.to_out[0](x).flatten(0, 1)
 
 
@@ -222,6 +230,14 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M,C,h,w) to (M,C_out,2h,2w)."""
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def use_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """How every attention over frames and every dual cross-attention in a model is computed: by the
+    plain reference, or by the hb operations, which are Triton kernels on a GPU. Weights stay."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernels = kernels
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
