@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heartbeat_fast.models.blocks import use_kernels
+from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_kernels import ops, reference, tuning
 from heartbeat_kernels.checks import KernelError
 from heartbeat_kernels.reference import TemporalLayer
@@ -115,6 +117,23 @@ def test_backends_agree_on_a_cpu() -> None:
     w, affine = torch.rand(4), (torch.rand(2, 4), torch.rand(2, 4))
     both(lambda backend: ops.groupnorm_silu(q, 2, w, w, affine=affine, backend=backend))
     both(lambda backend: ops.geglu(q, backend=backend))
+
+
+def test_a_model_is_the_same_with_kernels(nano_model: HeartBeat) -> None:
+    denoiser, frames = nano_model.denoiser, nano_model.config.frames
+    config, side = denoiser.config, nano_model.config.latent
+    z = torch.randn(1, frames, config.latent_channels, side, side)
+    local = torch.randn(1, frames, config.local_channels, side, side)
+    text, image = torch.randn(2, 1, 7, config.context_dim).unbind()
+    inputs = z, torch.tensor([500]), local, text, image
+    with torch.inference_mode():
+        wanted = denoiser(*inputs)
+        try:
+            use_kernels(nano_model, "triton")
+            came = denoiser(*inputs)
+        finally:
+            use_kernels(nano_model, "reference")
+    assert torch.allclose(came, wanted, atol=1e-5)
 
 
 LAYER = layer(32, 4)

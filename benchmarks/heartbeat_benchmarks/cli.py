@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit code 1 when a quality target is missed, 2 for errors the user can mend."""
     arguments = _parser().parse_args(argv)
     command = {"latency": _latency, "quality": _quality, "pictures": _pictures}
-    command |= {"tables": _tables, "real": _real}
+    command |= {"tables": _tables, "real": _real, "kernels": _kernels}
     try:
         return command[arguments.command](arguments)
     except (HeartBeatError, OSError) as error:
@@ -68,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     real.add_argument("--bundle", type=Path, metavar="DIR", help="default: the embedded one")
     real.add_argument("--segmenter", type=Path, default=Path("runs/segmenter"), metavar="RUN")
     real.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR")
+    kernels = commands.add_parser(
+        "kernels",
+        help="Triton kernels against torch, xformers and the memory roof, on a GPU",
+        description="Without a GPU: bytes and predicted times. --compile: for GPUs not here.",
+    )
+    kernels.add_argument("--only", default="", metavar="OP", help="operations named so")
+    kernels.add_argument("--compile", action="store_true", help="registers and spills, no runs")
+    kernels.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR")
     tables = commands.add_parser(
         "tables",
         help="put the newest results into documents",
@@ -164,6 +172,18 @@ def _pictures(arguments: argparse.Namespace) -> int:
         real=arguments.real,
     ):
         print(path)
+    return 0
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from heartbeat_benchmarks import kernels, kernels_compiled
+    from heartbeat_benchmarks.fingerprint import fingerprint
+
+    run = kernels_compiled.run if arguments.compile else kernels.run
+    result = run(only=arguments.only)
+    kind = "kernels-compiled" if arguments.compile else "kernels"
+    path = results.save(kind, {"fingerprint": fingerprint(), **result}, arguments.results)
+    print(f"gpu: {result['gpu']}\nraw rows: {path}")
     return 0
 
 

@@ -27,7 +27,7 @@ from heartbeat_kernels.tuning import Launch
 
 def tokens_at_a_time(d: int, itemsize: int) -> int:
     """Tokens of a whole block: what leaves registers for a head's queries and sums."""
-    return 64 if d * itemsize <= 256 else 32
+    return 64 if d <= 128 and itemsize == 2 else 16
 
 
 @triton.jit

@@ -64,11 +64,11 @@ def no_sums(R: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def product(a, b, sum=None):
-    """a b + sum on the tensor cores, accumulated in float32; three TF32 products make a float32
-    one, with an error of 2⁻²¹ or so."""
+    """a b + sum, accumulated in float32: halves on the tensor cores, float32 unrounded beside them
+    (it is the precision of checks)."""
     if INTERPRETED:  # numpy has no bfloat16: the interpreter would multiply its bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sum, input_precision="tf32x3")
+    return tl.dot(a, b, sum, input_precision="ieee")
 
 
 @triton.jit
