@@ -27,7 +27,7 @@ SMOOTH = 6.0
 WIDTHS = (32, 64, 96)
 # Weights of the losses. Plain L1 punishes every grain that is not the real one: with weight 1 the
 # decoder drew smears and a regular dot pattern that only had the right power (docs/decisions.md).
-LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, HOLD = 8.0, 0.25, 2.0, 0.03, 0.1, 0.01
+LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, HOLD = 4.0, 0.1, 2.0, 0.05, 0.3, 0.01
 WARM = 150  # steps before the discriminator is believed
 # Groups of frequencies whose power is compared: rings (cycles/pixel), each in four orientations,
 # since grain lies across the beam.
@@ -144,7 +144,7 @@ class AdversarialCodecStage:
         band = (_band_power(made, shift) - wanted).abs().mean()
         # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too
         whole = _band_power(made, shift, mean=True) - _band_power(real, shift, mean=True)
-        band = (band + whole.abs().mean()) / 2
+        band = band / 2 + whole.abs().mean()
         grain = (_band_power((made - twin) / 2**0.5, shift) - wanted)[..., FINE:].abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
