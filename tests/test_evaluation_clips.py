@@ -228,6 +228,12 @@ def test_any_number_of_steps(nano_bundle: Bundle) -> None:
     assert make(generator, nothing, Sampling(steps=7), 3)[0].shape == (4, 64, 64)
 
 
+def test_no_two_cases_share_their_noise() -> None:
+    sampling = Sampling(seeds=3, first_seed=5)
+    drawn = [seed for case in range(4) for seed in sampling.seeds_of(case)]
+    assert drawn == list(range(5, 17))
+
+
 def test_neither_bundle_nor_model(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"model_index\.json"):
         open_generator(tmp_path)

@@ -94,7 +94,7 @@ def test_audit(nano_bundle: Bundle, tmp_path: Path) -> None:
     assert found["workload"]["training_patients"] == 10
     text = found["sets"]["text"]
     assert text["n"] == len(text["rows"]) == 4
-    assert text["flagged"] == sum(row["flagged"] for row in text["rows"]) / 4
+    assert text["shares"]["generated"] == sum(row["flagged"] for row in text["rows"]) / 4
     assert {row["nearest"] for row in text["rows"]} <= {f"phantom-{n:06d}" for n in range(100, 110)}
     with Image.open(pictures) as image:
         assert image.width > 600

@@ -36,13 +36,26 @@ def test_copies_are_flagged_and_strangers_pass(
     copies = [clip(seed, speckle=5) for seed in range(100, 110)]
     strangers = [clip(seed) for seed in range(300, 320)]
     found = privacy.audit(encoder, training, held_out, copies + strangers)
-    flagged = found.r > found.tau
-    assert flagged[:10].mean() >= 0.9
-    assert flagged[10:].mean() <= 0.3
+    assert found.over[:10].mean() >= 0.9
+    assert found.over[10:].mean() <= 0.2
     assert (found.nearest[:10] == np.arange(10)).all()
-    assert found.flagged == pytest.approx(flagged.mean())
-    assert found.copies >= 0.9
-    assert found.held_out <= 0.3
+    assert found.shares["generated"] == pytest.approx(found.over.mean())
+    assert found.shares["copies"] >= 0.7
+    assert found.shares["held_out"] <= 0.2
+    # the second look takes away, it never adds
+    assert all(share <= found.shares_alone[name] for name, share in found.shares.items())
+    assert ((found.r > found.tau).all(1) == found.over).all()
+
+
+def test_what_is_no_patient_is_no_copy(
+    encoder: privacy.Encoder, training: list[privacy.Frames]
+) -> None:
+    """The encoder has never seen noise or stripes and puts them anywhere; coarse looks do not."""
+    held_out = [clip(seed) for seed in range(200, 215)]
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 255, (3, 64, 64), dtype=np.uint8) for _ in range(10)]
+    stripes = [np.tile(np.uint8([0, 200]), (3, 64, 32)) for _ in range(2)]
+    assert not privacy.audit(encoder, training, held_out, noise + stripes).over.any()
 
 
 def test_encoder_is_kept(training: list[privacy.Frames], tmp_path: Path) -> None:

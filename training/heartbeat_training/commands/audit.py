@@ -72,25 +72,31 @@ def run(arguments: argparse.Namespace) -> None:
         result = privacy.audit(encoder, training, held_out, clips)
         label = "+".join(conditions)
         rows = [
-            {"patient": owner, "r": float(r), "nearest": names[n], "flagged": bool(r > result.tau)}
-            for owner, r, n in zip(owners, result.r, result.nearest, strict=True)
+            {"patient": owner, "r": list(map(float, r)), "nearest": names[n], "flagged": bool(over)}
+            for owner, r, n, over in zip(owners, result.r, result.nearest, result.over, strict=True)
         ]
         found[label] = {
             "tau": result.tau,
-            "flagged": result.flagged,
-            "held_out_flagged": result.held_out,
-            "copies_flagged": result.copies,
+            "shares": result.shares,
+            "shares_embedding_alone": result.shares_alone,
             "n": len(clips),
             "rows": rows,
         }
         worst += [
-            (float(r), clip, training[n], f"{len(conditions)} condition(s), r {r:.3f}")
+            (
+                float((r - result.tau).min()),
+                clip,
+                training[n],
+                f"{label[:24]}\nr {r[0]:.2f}, {r[1]:.2f}",
+            )
             for clip, r, n in zip(clips, result.r, result.nearest, strict=True)
         ]
         console.print(
-            f"{label}: {result.flagged:.1%} of {len(clips)} clips above r {result.tau:.3f} "
-            f"(held-out patients themselves {result.held_out:.1%}, altered training clips "
-            f"{result.copies:.1%})",
+            f"{label}: {result.shares['generated']:.1%} of {len(clips)} clips flagged (held-out "
+            f"patients {result.shares['held_out']:.1%}, altered training clips "
+            f"{result.shares['copies']:.1%}); by the embedding alone "
+            f"{result.shares_alone['generated']:.1%} ({result.shares_alone['held_out']:.1%}, "
+            f"{result.shares_alone['copies']:.1%})",
             highlight=False,
         )
     _draw(worst, result.tau, arguments.pictures)
@@ -130,15 +136,15 @@ def _generated(
     from heartbeat_training.evaluation.privacy import shrink
 
     clips, owners = [], []
-    for case in track(cases, description="clips", transient=True):
-        for seed in range(sampling.first_seed, sampling.first_seed + sampling.seeds):
+    for i, case in enumerate(track(cases, description="clips", transient=True)):
+        for seed in sampling.seeds_of(i):
             frames, _ = make(generator, given(case, conditions), sampling, seed)
             clips.append(shrink(frames))
             owners.append(case.patient)
     return clips, owners
 
 
-def _draw(worst: list[tuple[float, Any, Any, str]], tau: float, out: Path) -> None:
+def _draw(worst: list[tuple[float, Any, Any, str]], tau: tuple[float, float], out: Path) -> None:
     from heartbeat_training.evaluation import plots
 
     worst.sort(key=lambda item: -item[0])

@@ -17,7 +17,7 @@ EXPORTS = Path("runs/evaluation/bundles")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How clips are drawn; `seeds` clips for each patient, from first_seed on."""
+    """How clips are drawn; `seeds` clips for each case, from first_seed on."""
 
     sampler: str = "dpmpp_2m"
     steps: int = 10
@@ -25,6 +25,11 @@ class Sampling:
     temperature: float = TEMPERATURE
     seeds: int = 1
     first_seed: int = 1
+
+    def seeds_of(self, case: int) -> range:
+        """The seeds of a case by its number: with shared ones, clips from text would be one."""
+        first = self.first_seed + case * self.seeds
+        return range(first, first + self.seeds)
 
 
 def open_generator(

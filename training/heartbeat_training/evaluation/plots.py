@@ -67,24 +67,27 @@ def table(
             ours.legend(frameon=False)
         ours.set(ylabel=f"{title}, ours", xlabel="conditions")
         theirs.bar(names, [paper[name][key] for name in names], color=ORANGE)
-        theirs.set(ylabel=f"{key.upper()}, the paper's", xlabel="conditions")
+        name = title.split(" (")[0].split("/")[0]  # its FVD may be FVD/16: it does not say
+        theirs.set(ylabel=f"{name}, the paper's", xlabel="conditions")
         for axis in (ours, theirs):
             axis.tick_params(axis="x", rotation=40)
     return _save(figure, out)
 
 
 def pairs(
-    shown: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8], str]], tau: float, out: Path
+    shown: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8], str]],
+    tau: tuple[float, float],
+    out: Path,
 ) -> Path:
-    """Generated frames above the training frames they are most like, with r; for the eye."""
+    """Generated frames above the training frames they are most like, with both r; for the eye."""
     figure, axes = _panels(2 * len(shown), len(shown), side=2.4)
     for i, (made, known, title) in enumerate(shown):
         for row, (frame, name) in enumerate(((made, "generated"), (known, "training"))):
             axis = axes[row * len(shown) + i]
             axis.imshow(frame, cmap="gray", vmin=0, vmax=255)
             axis.set_axis_off()
-            axis.set_title(f"{name}\n{title}" if row == 0 else name, fontsize=8)
-    figure.suptitle(f"most alike first; flagged above r = {tau:.3f}", fontsize=9)
+            axis.set_title(f"{name}\n{title}" if row == 0 else name, fontsize=7)
+    figure.suptitle(f"most alike first; flagged above r {tau[0]:.2f} and {tau[1]:.2f}", fontsize=9)
     return _save(figure, out)
 
 

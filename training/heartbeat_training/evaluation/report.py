@@ -54,13 +54,13 @@ def figures_table(
 
 
 def paper_table(content: dict[str, Any]) -> Table:
-    """Ours and the paper's, row by row; then floor and ceiling."""
+    """Ours and the paper's, row by row, ± half of the 95 % interval; then floor and ceiling."""
     work, printed = content["workload"], content["paper"]
-    keys = ("fid", "fvd", "fvd_16")
-    shown = Table(title=f"ours | the paper's, {printed['view']}")
+    keys = ("fid", "fvd_16")
+    shown = Table(title=f"ours | the paper's, {printed['view']}   (*: stand-in features)")
     shown.add_column("conditions", no_wrap=True)
     for key in keys:
-        shown.add_column(distance_title(key, work), justify="right")
+        shown.add_column(distance_title(key, work).replace(" (stand-in)", "*"), justify="right")
     for title in ("SSIM", "Dice LV", "FID", "FVD", "SSIM"):
         shown.add_column(title, justify="right")
     for name, one in content["sets"].items():
@@ -136,8 +136,9 @@ def span(m: dict[str, float]) -> str:
 
 
 def with_span(m: dict[str, float]) -> str:
-    """A value over its interval."""
-    return f"{number(m['value'] if 'value' in m else m['mean'])}\n[dim]{span(m)}[/]"
+    """A value over half the width of its interval, for tables with many columns."""
+    value = m["value"] if "value" in m else m["mean"]
+    return f"{value:.4g}\n[dim]±{(m['high'] - m['low']) / 2:.2g}[/]"
 
 
 def number(value: float) -> str:

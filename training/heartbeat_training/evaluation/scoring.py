@@ -85,12 +85,12 @@ class Scorer:
         """
         wanted = tuple(conditions)
         rows, first, lacking = [], [], dict.fromkeys(wanted, 0)
-        for case, real in zip(self.cases, self.real, strict=True):
+        for i, (case, real) in enumerate(zip(self.cases, self.real, strict=True)):
             own = given(case, wanted)
             for condition in set(wanted) - set(own.present):
                 lacking[condition] += 1
             drawn: list[Frames] = []
-            for seed in range(sampling.first_seed, sampling.first_seed + sampling.seeds):
+            for seed in sampling.seeds_of(i):
                 frames, seconds = make(self.generator, own, sampling, seed)
                 drawn.append(frames)
                 row = figures(case, frames, self.judge, self.lpips, real)
