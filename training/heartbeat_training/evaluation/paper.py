@@ -7,7 +7,7 @@ SSIM is against the source clip. FVD is on the paper's own scale: others quote t
 from typing import NamedTuple
 
 SCALE_NOTE = (
-    "The paper's FVD is on a scale of its own: 6.08 (97.28 if x16); ours is given as FVD and FVD/16"
+    "The paper's FVD is on a scale of its own: 6.08 (97.28 if x16); ours is shown as FVD/16"
 )
 BASE = "Base T,M"
 
