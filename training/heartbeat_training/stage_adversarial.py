@@ -31,7 +31,8 @@ LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, HOLD = 4.0, 0.1, 2.0, 0.05, 0.3, 0.01
 WARM = 150  # steps before the discriminator is believed
 # Groups of frequencies whose power is compared: rings (cycles/pixel), each in four orientations,
 # since grain lies across the beam.
-BANDS, LOWEST, HIGHEST, WAYS = 8, 0.02, 0.4, 4
+# Up to the spectrum's corner: left out, the finest ones filled with a checkerboard of period 2.
+BANDS, LOWEST, HIGHEST, WAYS = 15, 0.02, 0.7325, 4
 GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
 FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
 GAIN = 8.0  # grain is a twentieth of the grey range; the critic is to see it first
@@ -144,7 +145,7 @@ class AdversarialCodecStage:
         band = (_band_power(made, shift) - wanted).abs().mean()
         # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too
         whole = _band_power(made, shift, mean=True) - _band_power(real, shift, mean=True)
-        band = band / 2 + whole.abs().mean()
+        band = band / 2 + 2 * whole.abs().mean()
         grain = (_band_power((made - twin) / 2**0.5, shift) - wanted)[..., FINE:].abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
