@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heartbeat_benchmarks import results
+from heartbeat_benchmarks.cli import main
 from heartbeat_fast.models.blocks import use_kernels
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_kernels import ops, reference, tuning
@@ -255,6 +257,23 @@ def numpy_operations() -> list[type]:
             return (reference.dual_cross_attention(text, image, heads, scale).numpy(),)  # type: ignore[arg-type]
 
     return [temporal_attention, temporal_block, dual_cross_attention]
+
+
+# What the benchmark says
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured, not predicted")
+def test_benchmark_without_a_gpu_predicts_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kernels", "--only", "temporal_attention", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not run") == 5  # four shapes, and the GPU
+    (path,) = tmp_path.glob("kernels-*.json")
+    row = results.load(path)["rows"][0]
+    assert row["bytes"] == 4 * 16 * 1024 * 320 * 2  # q, k, v in, o out
+    assert row["predicted_us"]["H100"] == pytest.approx(row["bytes"] / 3.0e12 * 1e6)
+    assert "us" not in row
 
 
 # Tuning tables

@@ -1,7 +1,7 @@
 """One pass of `base`'s denoiser over 16 frames of 256×256, with and without our kernels.
 
 In bfloat16, with random weights: time does not depend on them. Each way is first held to the eager
-reference. The compiled ways run as CUDA graphs (mode "reduce-overhead"), as a loop of denoising would.
+reference. The compiled ways run as CUDA graphs (mode "reduce-overhead"), as a denoising loop would.
 """
 
 import json

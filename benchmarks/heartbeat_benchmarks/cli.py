@@ -181,7 +181,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
     run = kernels_compiled.run if arguments.compile else kernels.run
     result = run(only=arguments.only)
-    kind = "kernels-compiled" if arguments.compile else "kernels"
+    kind = "compiled" if arguments.compile else "kernels"
     path = results.save(kind, {"fingerprint": fingerprint(), **result}, arguments.results)
     print(f"gpu: {result['gpu']}\nraw rows: {path}")
     return 0

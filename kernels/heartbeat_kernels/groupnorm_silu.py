@@ -3,8 +3,8 @@
 Scale and shift are per image and channel (a time embedding's), and optional. One program normalises
 one group of one image: its values are read for the mean, again for the variance and again for the
 result, the second and third time from the cache (a group of Stable Diffusion's at 32×32 is 20 KB).
-So memory sees one read and one write, where eager torch makes two of each and a compiled graph two
-reads and one write.
+So memory sees one read and one write, where eager torch makes three reads and two writes and a
+compiled graph two reads and one write.
 
 Legend: M images, C channels, S = h·w positions, G groups, CG = C/G.
 """

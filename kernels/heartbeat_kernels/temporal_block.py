@@ -3,7 +3,7 @@
     y = x + W_out · attention over frames(W_qkv · (LayerNorm(x) + position)) + bias
 
 x is read once from memory (again from the first-level cache) and y written once: 4 bytes an element
-at half precision, where a layer of separate kernels moves some forty. But every program streams all
+at half precision, where a layer of separate kernels moves some fifty. But every program streams all
 8·C² bytes of weights through its multiprocessor for its R = P·F rows, 2·C/R times the bytes of its
 rows: past some width (fused_channels in the tuning table) the library's matrix products around the
 bare attention are faster, and at 320 channels the (R,C) sum no longer fits the registers.
