@@ -66,6 +66,7 @@ def figures(
         gap = np.subtract(found["spectrum_db"], yardstick["spectrum_db"])
     return found | {
         "spectrum_gap": float(np.abs(gap).mean()),
+        "spectrum_gaps": gap.tolist(),
         "flicker_share": _share(found["flicker"], yardstick["flicker"]),
         "speckle_share": _share(found["speckle_ratio"], yardstick["speckle_ratio"]),
         "travel_share": _share(found["travel"], yardstick["travel"]),
@@ -109,6 +110,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Each figure's mean over clips with its 95 % interval over patients, and EF's bias and r.
 
     rows: of one set, with "patient". Returns {figure: {"mean", "low", "high", "n"}}.
+    spectrum_worst: the band whose gap, mean over clips, is largest: clips' own noise evens out.
     """
     patients = np.array([row["patient"] for row in rows])
     out = {}
@@ -121,4 +123,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     mean, low, high = mean_interval(seen - asked, patients)
     out["ef_bias"] = {"mean": mean, "low": low, "high": high}
     out["ef_r"] = {"mean": metrics.pearson(seen, asked)}
+    every = np.array([row.get("spectrum_gaps", [NONE]) for row in rows], float)
+    gaps = every[np.isfinite(every).all(1)]
+    worst = float(np.abs(gaps.mean(0)).max()) if len(gaps) else NONE
+    out["spectrum_worst"] = {"mean": worst, "n": len(gaps)}
     return out

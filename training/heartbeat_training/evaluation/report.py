@@ -16,6 +16,7 @@ DISTANCES = {
 }
 MORE = {
     "diversity": "diversity (grey levels)",
+    "spectrum_worst": "spectrum gap, worst band of the mean (dB)",
     "ef_bias": "EF bias (points)",
     "ef_r": "EF, r",
     "seconds": "seconds a clip",
