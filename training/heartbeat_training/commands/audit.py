@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from heartbeat_fast.record import Record
+    from heartbeat_training.evaluation.privacy import Audit
 
 HELP = "privacy: generated clips against their nearest training patients"
 SETS = (("text",), ("text", "image", "sketch", "mask", "skeleton", "flow"))
@@ -83,27 +84,29 @@ def run(arguments: argparse.Namespace) -> None:
             "rows": rows,
         }
         worst += [
-            (
-                float((r - result.tau).min()),
-                clip,
-                training[n],
-                f"{label[:24]}\nr {r[0]:.2f}, {r[1]:.2f}",
-            )
+            (float((r - result.tau).min()), clip, training[n], _title(label, r))
             for clip, r, n in zip(clips, result.r, result.nearest, strict=True)
         ]
-        console.print(
-            f"{label}: {result.shares['generated']:.1%} of {len(clips)} clips flagged (held-out "
-            f"patients {result.shares['held_out']:.1%}, altered training clips "
-            f"{result.shares['copies']:.1%}); by the embedding alone "
-            f"{result.shares_alone['generated']:.1%} ({result.shares_alone['held_out']:.1%}, "
-            f"{result.shares_alone['copies']:.1%})",
-            highlight=False,
-        )
+        console.print(_said(label, result, len(clips)), highlight=False)
     _draw(worst, result.tau, arguments.pictures)
     path = options.save(
         "audit", _content(generator, arguments, found, names, refused), arguments.out
     )
     console.print(f"most alike pairs: {arguments.pictures}\nraw rows: {path}", highlight=False)
+
+
+def _title(label: str, r: "NDArray[np.float64]") -> str:
+    return f"{label[:24]}\nr {r[0]:.2f}, {r[1]:.2f}"
+
+
+def _said(label: str, result: "Audit", count: int) -> str:
+    """One line: shares by both looks, then by the embedding alone."""
+    both, alone = result.shares, result.shares_alone
+    return (
+        f"{label}: {both['generated']:.1%} of {count} clips flagged (held-out patients "
+        f"{both['held_out']:.1%}, altered training clips {both['copies']:.1%}); by the embedding "
+        f"alone {alone['generated']:.1%} ({alone['held_out']:.1%}, {alone['copies']:.1%})"
+    )
 
 
 def _one_a_patient(records: "Iterable[Record]") -> "tuple[list[str], list[NDArray[np.uint8]]]":
@@ -166,6 +169,7 @@ def _content(
         "fingerprint": fingerprint(generator.bundle),
         "workload": {
             "data": Path(arguments.data).name,
+            "train": Path(arguments.train).name if arguments.train else "its train split",
             "hold_out": arguments.hold_out,
             "training_patients": len(names),
             "sampling": asdict(options.sampling_of(arguments)),
