@@ -1,6 +1,6 @@
 """Kernels compiled for GPUs that are not here: no spills, 16-byte accesses, PTX for a plugin.
 
-A part of the matrix; `heartbeat-bench kernels --compile` runs all of it.
+All of the matrix for spills; a part of it, case by case, for how wide its accesses are.
 """
 
 import json
@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing can be compiled", allow_module_level=True)
 
-from heartbeat_benchmarks.kernels_compiled import cases  # noqa: E402
+from heartbeat_benchmarks.kernels_compiled import cases, run  # noqa: E402
 from heartbeat_kernels import aot, temporal_attention  # noqa: E402
 from heartbeat_kernels.checks import KernelError  # noqa: E402
 from heartbeat_kernels.tuning import Launch  # noqa: E402
@@ -53,6 +53,20 @@ def test_compiles_without_spills_and_with_wide_accesses(
         assert wide_loads > 8
     else:  # so is the tail of 77 tokens, by some threads
         assert narrow <= (4 if "cross" in name else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_whole_matrix_compiles_without_a_spill() -> None:
+    """Kernel × head dim or width × dtype × architecture: about four minutes of two cores."""
+    rows = run(say=lambda line: None)["rows"]
+    assert len(rows) == len(MAKERS) * 3 * 2 == 192
+    assert [row for row in rows if row["spilt_bytes"]] == []
+    assert all(0 < row["registers"] <= 255 for row in rows)
+    frames = [row for row in rows if row["case"].startswith("temporal_attention/")]
+    assert len(frames) == 5 * 3 * 2
+    assert all(row["loads_16_bytes"] == row["loads"] > 0 for row in frames)
+    assert all(row["stores_16_bytes"] == row["stores"] > 0 for row in frames)
 
 
 def test_ptx_has_pointers_only_in_the_order_a_plugin_passes_them(tmp_path: Path) -> None:

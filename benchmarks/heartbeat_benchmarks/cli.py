@@ -188,13 +188,15 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 
 def _tables(arguments: argparse.Namespace) -> int:
-    from heartbeat_benchmarks import latency, quality, real
+    from heartbeat_benchmarks import latency, patients, quality, real
 
     makers = {
         "ladder": ("quality", quality.ladder_markdown),
         "targets": ("quality", quality.targets_markdown),
         "latency": ("latency", latency.markdown),
         "real": ("real", real.markdown),
+        "table": ("table", patients.table),
+        "steps": ("steps", patients.steps),
     }
     for name, (kind, maker) in makers.items():
         path = results.newest(kind, arguments.results)

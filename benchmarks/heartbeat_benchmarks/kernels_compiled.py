@@ -3,9 +3,12 @@
 A spill or a two-byte load would cost more than any tuning gains, and both show without a GPU.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -66,18 +69,27 @@ def compile_case(
     }
 
 
-def run(say: Callable[[str], None] = print, only: str = "") -> dict[str, Any]:
-    """Compiles every case (whose name holds `only`) × dtype × architecture; one result."""
+def run(
+    say: Callable[[str], None] = print, only: str = "", workers: int | None = None
+) -> dict[str, Any]:
+    """Compiles every case (whose name holds `only`) × dtype × architecture; one result.
+
+    workers: processes, None for one per core; the whole matrix takes seven minutes of one core.
+    """
+    names = [name for name, _ in cases() if only in name]
+    jobs = [(name, dtype, sm) for name in names for dtype in DTYPES for sm in ARCHITECTURES]
     rows = []
-    for name, make in cases():
-        for dtype in DTYPES:
-            for sm in ARCHITECTURES:
-                if only not in name:
-                    continue
-                rows.append(row := compile_case(name, make, dtype, sm))
-                say(
-                    f"{row['case']:34} {row['dtype']:9} {row['architecture']:6}"
-                    f" {row['registers']:4} registers {row['spilt_bytes']:5} B spilt"
-                    f" {row['loads_16_bytes']:3}/{row['loads']} wide loads"
-                )
+    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+        for row in pool.map(_job, *zip(*jobs, strict=True)):
+            rows.append(row)
+            say(
+                f"{row['case']:34} {row['dtype']:9} {row['architecture']:6}"
+                f" {row['registers']:4} registers {row['spilt_bytes']:5} B spilt"
+                f" {row['loads_16_bytes']:3}/{row['loads']} wide loads"
+            )
     return {"gpu": "none: compiled, not run", "rows": rows}
+
+
+def _job(name: str, dtype: torch.dtype, sm: int) -> dict[str, Any]:
+    """One row, in a process of its own: cases are found by name."""
+    return compile_case(name, dict(cases())[name], dtype, sm)
