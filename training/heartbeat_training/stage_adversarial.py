@@ -35,6 +35,7 @@ WARM = 150  # steps before the discriminator is believed
 BANDS, LOWEST, HIGHEST, WAYS = 15, 0.02, 0.7325, 4
 GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
 FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
+TISSUE = (0.2, 0.8)  # mean grey of patches whose mean power is asked for
 GAIN = 8.0  # grain is a twentieth of the grey range; the critic is to see it first
 SLOW = 4.0  # a critic's weights start this large: normalised, they turn this much slower than ours
 
@@ -141,12 +142,15 @@ class AdversarialCodecStage:
         outside = (made.abs() * (F.max_pool2d(real, 3, 1, 1) == 0)).mean()
         l1, low = (made - real).abs().mean(), (blur(made, SMOOTH) - blur(real, SMOOTH)).abs().mean()
         shift = tuple(int(v) for v in batch["shift"][0])
-        wanted = _band_power(real, shift)
-        band = (_band_power(made, shift) - wanted).abs().mean()
-        # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too
-        whole = _band_power(made, shift, mean=True) - _band_power(real, shift, mean=True)
-        band = band / 2 + 2 * whole.abs().mean()
-        grain = (_band_power((made - twin) / 2**0.5, shift) - wanted)[..., FINE:].abs().mean()
+        powers = [_power(x, shift) for x in (made, (made - twin) / 2**0.5, real)]
+        drawn, noise, wanted = ((p + FLOOR).log() for p in powers)
+        band = (drawn - wanted).abs().mean()
+        grain = (noise - wanted)[..., FINE:].abs().mean()
+        # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too,
+        # over tissue, since the brightest echoes would hide what it lacks.
+        share = _tissue(real, shift)
+        means = [((p * share).sum(1) + FLOOR).log() for p in (powers[0], powers[2])]
+        whole = (means[0] - means[1]).abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
             F.relu(1 - self.critic(real).float()).mean()
@@ -157,7 +161,7 @@ class AdversarialCodecStage:
             LOW * low
             + PLAIN * l1
             + OUTSIDE * outside
-            + BAND * (band + grain)
+            + BAND * (band / 2 + 2 * whole + grain)
             + believed * fool
             + judge
         )
@@ -166,6 +170,7 @@ class AdversarialCodecStage:
             "low": low,
             "outside": outside,
             "band": band,
+            "whole": whole,
             "grain": grain,
             "fool": fool,
             "judge": judge,
@@ -209,14 +214,21 @@ class AdversarialCodecStage:
         self.codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
 
 
-def _band_power(frames: Tensor, shift: tuple[int, ...], mean: bool = False) -> Tensor:
-    """ln of the power in each group of frequencies: (N, 1, H, W) → (N, patches, groups), or the
-    patches' mean as one.
-    """
+def _power(frames: Tensor, shift: tuple[int, ...]) -> Tensor:
+    """Power in each group of frequencies of each patch: (N, 1, H, W) → (N, patches, groups)."""
     power = amplitudes(frames, shift) ** 2
-    power = power.mean(1, keepdim=True) if mean else power
-    groups = torch.from_numpy(_groups(power.shape[-2])).to(power)
-    return (power.flatten(-2) @ groups + FLOOR).log()
+    return power.flatten(-2) @ torch.from_numpy(_groups(power.shape[-2])).to(power)
+
+
+def _tissue(frames: Tensor, shift: tuple[int, ...]) -> Tensor:
+    """Weights (N, patches, 1) of the patches in which there is speckle to judge, as in
+    metrics.tissue: neither blood nor clipped. They sum to 1, or to 0 where there are none.
+    """
+    side = min(PATCH, frames.shape[-1] // 2)
+    moved = frames[:, :, shift[0] % side :, shift[1] % side :]
+    grey = F.avg_pool2d(moved, side).flatten(1)
+    good = ((grey > TISSUE[0]) & (grey < TISSUE[1])).to(frames)
+    return (good / good.sum(1, keepdim=True).clamp(min=1))[..., None]
 
 
 @cache
