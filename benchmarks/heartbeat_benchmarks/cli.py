@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument(
         "--real", type=Path, metavar="FILE", help="a real clip; it goes to out/, never to docs/"
     )
+    _more(commands)
+    return parser
+
+
+def _more(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Commands with options of their own."""
     real = commands.add_parser(
         "real",
         help="LV Dice and EF of clips made from real patients' conditions",
@@ -83,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     tables.add_argument("documents", type=Path, nargs="+", metavar="FILE.md")
     tables.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR")
-    return parser
 
 
 def _sets(arguments: argparse.Namespace) -> dict[str, Any]:

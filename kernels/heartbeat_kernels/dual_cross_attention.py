@@ -31,7 +31,9 @@ def tokens_at_a_time(d: int, itemsize: int) -> int:
 
 
 @triton.jit
-def rows(ptr, r, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+def rows(
+    ptr, r, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Tiles (r,W[i]) of one clip's head; zero outside of R rows and D channels."""
     tiles = ()
     for i in tl.static_range(len(W)):
@@ -45,7 +47,7 @@ def rows(ptr, r, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.conste
 def attend(
     q, k_ptr, v_ptr, t, best, total, sums,
     K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Takes the tokens t into a running softmax (Milakov & Gimelshein, 1805.02867)."""
     scores = similarity(q, rows(k_ptr, t, K, T, D, W)) * (LOG2E * D**-0.5)
     scores = tl.where(t[None, :] < T, scores, float("-inf"))
@@ -65,7 +67,7 @@ def attend(
 def branch(
     q, k_ptr, v_ptr, K: tl.constexpr, V: tl.constexpr, T: tl.constexpr, TAIL: tl.constexpr,
     BT: tl.constexpr, BL: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, ...]:  # fmt: skip
     """One branch's attention, tiles (BL,W[i]) in float32."""
     best = tl.full((BL,), float("-inf"), tl.float32)
     total = tl.zeros((BL,), tl.float32)
@@ -91,7 +93,7 @@ def kernel(
     L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, TAIL: tl.constexpr,
     TI: tl.constexpr, TAILI: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr,
     W: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Grid: B · ⌈L/BL⌉ · H, head fastest. TI 0: no image branch; SHARED: the image branch's queries
     are the text branch's. scale: s, a number at run time or a constant. W: tile sides for D."""
     program = tl.program_id(0)

@@ -15,7 +15,7 @@ from heartbeat_kernels.tuning import Launch
 
 
 @triton.jit
-def kernel(x_ptr, y_ptr, E: tl.constexpr, BE: tl.constexpr):
+def kernel(x_ptr, y_ptr, E: tl.constexpr, BE: tl.constexpr) -> None:
     """Grid: R · ⌈E/BE⌉, one tile of a row each; x (R,2E) and y (R,E) contiguous."""
     blocks: tl.constexpr = (E + BE - 1) // BE
     row = (tl.program_id(0) // blocks).to(tl.int64)

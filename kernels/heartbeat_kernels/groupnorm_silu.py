@@ -26,7 +26,7 @@ def kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr,
     X: tl.constexpr, Y: tl.constexpr, S: tl.constexpr, C: tl.constexpr, CG: tl.constexpr,
     BS: tl.constexpr, BG: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Grid: M · G. X, Y: strides of (image, channel, position). BS, BG: tile of positions and
     channels. AFFINE: scale and shift (M,C) are there."""
     G: tl.constexpr = C // CG

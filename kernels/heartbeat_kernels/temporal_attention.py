@@ -38,7 +38,9 @@ from heartbeat_kernels.tuning import Launch
 
 
 @triton.jit
-def place(N: tl.constexpr, H: tl.constexpr, P: tl.constexpr, FP: tl.constexpr):
+def place(
+    N: tl.constexpr, H: tl.constexpr, P: tl.constexpr, FP: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """A program's clip, head, positions and frames."""
     program = tl.program_id(0)
     blocks: tl.constexpr = (N + P - 1) // P
@@ -53,7 +55,7 @@ def forward_kernel(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Y: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     P: tl.constexpr, FP: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Grid: B · ⌈N/P⌉ · H. Q, K, V, Y: strides. FP, W: tile sides for F and D."""
     b, h, n, f = place(N, H, P, FP)
     q_ptr += b * Q[0] + h * D
@@ -75,7 +77,7 @@ def forward_kernel(
 def similar(
     a_ptr, b_ptr, n, f, A: tl.constexpr, B: tl.constexpr,
     N: tl.constexpr, F: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """a bᵀ at each position, one tile of channels after the other, none kept."""
     a = load(a_ptr, n, f, 0, A, N, F, D, W)
     sum = product(a, turn(load(b_ptr, n, f, 0, B, N, F, D, W)))
@@ -91,7 +93,7 @@ def backward_kernel(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, Y: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     P: tl.constexpr, FP: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Grid as forward. A position's weights fit one tile, so they are computed anew, nothing is
     saved for the way back, and no two programs add to one gradient. Four inputs do not fit the
     registers: they are read tile by tile, the second time from the cache. Y: strides of dq, dk, dv.

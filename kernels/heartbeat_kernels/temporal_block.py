@@ -42,7 +42,7 @@ from heartbeat_kernels.tuning import Launch
 def normalised(
     x_ptr, weight_ptr, bias_ptr, position_ptr, at, f, inside, c, mean, rate,
     C: tl.constexpr, F: tl.constexpr, POSITION: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """LayerNorm(x) + position of the rows `at` and channels c: (R,BC), in the type of x."""
     x = tl.load(x_ptr + at[:, None] + c[None, :], inside[:, None], other=0.0)
     z = (x.to(tl.float32) - mean[:, None]) * rate[:, None]
@@ -56,7 +56,9 @@ def normalised(
 
 
 @triton.jit
-def statistics(x_ptr, at, inside, C: tl.constexpr, BC: tl.constexpr, EPS: tl.constexpr):
+def statistics(
+    x_ptr, at, inside, C: tl.constexpr, BC: tl.constexpr, EPS: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """LayerNorm's mean and 1/√(variance + ε) of the rows `at`. The variance is taken around the
     mean: x is in the cache by then."""
     mean = tl.zeros(at.shape, tl.float32)
@@ -74,7 +76,9 @@ def statistics(x_ptr, at, inside, C: tl.constexpr, BC: tl.constexpr, EPS: tl.con
 
 
 @triton.jit
-def project(z, w_ptr, row, c, sums, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+def project(
+    z, w_ptr, row, c, sums, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Adds z (R,BC) times the transposed rows row + [0,D) of the weights, columns c, to the sums,
     tiles (R,W[i])."""
     more = ()
@@ -89,7 +93,7 @@ def project(z, w_ptr, row, c, sums, C: tl.constexpr, D: tl.constexpr, W: tl.cons
 def over_frames(
     q, k, v, f, kind: tl.constexpr, P: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Attention of the rows' heads, tiles (P·FP,W[i]), position by position."""
     q_, k_, out = (), (), ()
     for i in tl.static_range(len(W)):
@@ -106,7 +110,7 @@ def over_frames(
 def back(
     o, w_ptr, first, y,
     C: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WC: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Adds the attention's channels first + [0,D), times those columns of W_out, to y, tiles
     (R,WC[j])."""
     more = ()
@@ -128,7 +132,7 @@ def kernel(
     F: tl.constexpr, N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     P: tl.constexpr, FP: tl.constexpr, BC: tl.constexpr, WC: tl.constexpr, W: tl.constexpr,
     EPS: tl.constexpr, POSITION: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Grid: B · ⌈N/P⌉. BC: channels of a step of the first product. WC, W: tile sides for C, D."""
     R: tl.constexpr = P * FP
     blocks: tl.constexpr = (N + P - 1) // P

@@ -36,25 +36,25 @@ def head_tiles(d: int, itemsize: int) -> tuple[int, ...]:
 
 
 @triton.constexpr_function
-def before(W, i):
+def before(W, i) -> int:
     """Where the i-th tile starts."""
     return sum(W[:i])
 
 
 @triton.jit
-def columns(W: tl.constexpr, i: tl.constexpr):
+def columns(W: tl.constexpr, i: tl.constexpr) -> tl.tensor:
     """The channels of the i-th tile."""
     return before(W, i) + tl.arange(0, W[i])
 
 
 @triton.jit
-def zeros(R: tl.constexpr, W: tl.constexpr):
+def zeros(R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """(R,W) in float32."""
     return tl.zeros((R, W), tl.float32)
 
 
 @triton.jit
-def no_sums(R: tl.constexpr, W: tl.constexpr):
+def no_sums(R: tl.constexpr, W: tl.constexpr) -> tuple[tl.tensor, ...]:
     """Tiles (R,W[i]) of zeros."""
     sums = ()
     for i in tl.static_range(len(W)):
@@ -63,7 +63,7 @@ def no_sums(R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, sum=None):
+def product(a, b, sum=None) -> tl.tensor:
     """a b + sum, accumulated in float32: halves on the tensor cores, float32 unrounded beside them
     (it is the precision of checks)."""
     if INTERPRETED:  # numpy has no bfloat16: the interpreter would multiply its bit patterns
@@ -72,7 +72,7 @@ def product(a, b, sum=None):
 
 
 @triton.jit
-def turn(x):
+def turn(x) -> tl.tensor:
     """The last two axes exchanged."""
     if len(x.shape) == 3:
         return tl.permute(x, (0, 2, 1))
@@ -81,7 +81,7 @@ def turn(x):
 
 
 @triton.jit
-def similarity(a, b):
+def similarity(a, b) -> tl.tensor:
     """a bᵀ of two tuples of tiles that cover the same channels."""
     sum = product(a[0], turn(b[0]))
     for i in tl.static_range(1, len(a)):
@@ -90,7 +90,9 @@ def similarity(a, b):
 
 
 @triton.jit
-def spot(n, f, d, S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr):
+def spot(
+    n, f, d, S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Offsets and mask of the tile (n,f,d) of one clip; S: strides of clip, frame, position."""
     offsets = n[:, None, None] * S[2] + f[None, :, None] * S[1] + d[None, None, :]
     mask = (n[:, None, None] < N) & (f[None, :, None] < F) & (d[None, None, :] < D)
@@ -101,7 +103,7 @@ def spot(n, f, d, S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.const
 def load(
     ptr, n, f, i: tl.constexpr,
     S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Tile (n,f,W[i]) of one clip's head; zero outside of N positions, F frames, D channels."""
     offsets, mask = spot(n, f, columns(W, i), S, N, F, D)
     return tl.load(ptr + offsets, mask, other=0.0)
@@ -111,14 +113,14 @@ def load(
 def store(
     ptr, x, n, f, i: tl.constexpr,
     S: tl.constexpr, N: tl.constexpr, F: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Writes what of a tile (n,f,W[i]) lies inside, in the type of the memory."""
     offsets, mask = spot(n, f, columns(W, i), S, N, F, D)
     tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def softmax(scores, f, F: tl.constexpr):
+def softmax(scores, f, F: tl.constexpr) -> tl.tensor:
     """Over the last axis, whose columns from F on do not exist; scores in units of log₂."""
     scores = tl.where(f[None, None, :] < F, scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
