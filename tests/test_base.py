@@ -14,10 +14,6 @@ from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.errors import HeartBeatError
 from heartbeat_fast.models.config import (
     BASE,
-    NANO,
-    CodecConfig,
-    DenoiserConfig,
-    HeartBeatConfig,
     ImageConfig,
 )
 from heartbeat_fast.models.heartbeat import HeartBeat, train_only
@@ -32,23 +28,16 @@ from heartbeat_training.paper import (
 )
 from heartbeat_training.recipes import PAPER, PaperRecipe, Published, paper_recipe
 from heartbeat_training.stage_diffusion import encode_cache
+from tests.test_sd15 import SMALL
 
 SHARED = Path(__file__).parents[2] / "shared"
 
 # base with its widths cut: the same layers, SAM with windows that must be padded and one global.
-NARROW = HeartBeatConfig(
+NARROW = replace(
+    SMALL,
     name="base-narrow",
     frames=4,
-    size=64,
-    denoiser=DenoiserConfig(
-        local_channels=8,
-        channels=(32, 32, 64, 64),
-        heads=(4,) * 4,
-        groups=8,
-        context_dim=32,
-        frames=4,
-    ),
-    text=replace(NANO.text, layers=2),
+    denoiser=replace(SMALL.denoiser, frames=4),
     image=ImageConfig(
         size=128,
         hidden=32,
@@ -60,7 +49,6 @@ NARROW = HeartBeatConfig(
         adapter=16,
         grid=4,
     ),
-    codec=CodecConfig(widths=(32,) * 4),
     local_hidden=16,
 )
 

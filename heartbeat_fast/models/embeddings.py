@@ -6,7 +6,7 @@ and a convolution in bfloat16.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,12 @@ class EmbeddingCache:
             save_file({"embedding": embedding}, temporary)
         return embedding
 
+    def fill(self, images: Iterable[NDArray[np.uint8]]) -> None:
+        """Make the embeddings that are not on disk yet; those that are, are not read."""
+        for image in images:
+            if not self.path(image).is_file():
+                self(image)
+
     def path(self, image: NDArray[np.uint8]) -> Path:
         """Where an image's embedding lies."""
         digest = hashlib.sha256(f"{self.identity} {image.shape}".encode())
@@ -73,10 +79,11 @@ class EmbeddingCache:
             return None
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes and bytes of a module's tensors."""
+def fingerprint(tensors: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, shapes and bytes of tensors, or of a module's."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    named = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
+    for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -67,13 +67,7 @@ def temporal_block(
         fused = c % 16 == 0 and c <= table(gpu_of(x.device))["fused_channels"]
     if fused:
         return library.temporal_block(x, *layer[:6], heads, layer.eps)
-    z = functional.layer_norm(x, x.shape[-1:], layer.norm_weight, layer.norm_bias, layer.eps)
-    if layer.position is not None:
-        z = z + layer.position[: x.shape[1], None]
-    # Slices, not chunk(): that leaves sequence operators in an ONNX graph.
-    qkv, c = functional.linear(z, layer.w_qkv), x.shape[-1]
-    q, k, v = qkv[..., :c], qkv[..., c : 2 * c], qkv[..., 2 * c :]
-    out = library.temporal_attention(q, k, v, heads)
+    out = library.temporal_attention(*reference.projected(x, layer), heads)
     return x + functional.linear(out, layer.w_out, layer.b_out)
 
 

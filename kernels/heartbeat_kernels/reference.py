@@ -86,11 +86,18 @@ class TemporalLayer(NamedTuple):
 def temporal_block(x: Tensor, layer: TemporalLayer, heads: int) -> Tensor:
     """x + W_out · attention over frames(W_qkv · (LayerNorm(x) + position)) + bias: (B,F,N,C) to
     (B,F,N,C)."""
+    out = temporal_attention(*projected(x, layer), heads)
+    return x + functional.linear(out, layer.w_out, layer.b_out)
+
+
+def projected(x: Tensor, layer: TemporalLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a layer's input, each like x (B,F,N,C)."""
     z = functional.layer_norm(x, x.shape[-1:], layer.norm_weight, layer.norm_bias, layer.eps)
     if layer.position is not None:
         z = z + layer.position[: x.shape[1], None]
-    q, k, v = functional.linear(z, layer.w_qkv).chunk(3, dim=-1)
-    return x + functional.linear(temporal_attention(q, k, v, heads), layer.w_out, layer.b_out)
+    # Slices, not chunk(): that leaves sequence operators in an ONNX graph.
+    qkv, c = functional.linear(z, layer.w_qkv), x.shape[-1]
+    return qkv[..., :c], qkv[..., c : 2 * c], qkv[..., 2 * c :]
 
 
 def groupnorm_silu(

@@ -3,22 +3,19 @@ will really get. They are smoother than encoded ones, and a decoder that learned
 draws too little grain on them.
 """
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.generator import TEMPERATURE
 from heartbeat_fast.models.embeddings import fingerprint
-from heartbeat_fast.models.heartbeat import HeartBeat
-from heartbeat_training.stage_diffusion import DiffusionStage, alphas_cumprod, mixed_noise
+from heartbeat_training.ddim import mixed_noise, sample
+from heartbeat_training.stage_diffusion import DiffusionStage
 
-STEPS = 10  # DDIM: for smoothness' sake any solver at the default number of steps will do
 FEWER = 0.25  # share of clips made from a random subset of their conditions
 
 
@@ -37,35 +34,11 @@ def generated_latents(stage: DiffusionStage, folder: Path) -> NDArray[Any]:
             keep = 0.5 if rng.random() < FEWER else 1.0
             present = (rng.random((1, len(NAMES))) < keep).astype(np.float32)
             conditions = stage.conditions(np.array([clip]), None, present)
+            # As the runtime starts: one tempered noise for all frames.
             noise = torch.Generator().manual_seed(clip)
-            out[clip] = sample(stage.model, conditions, out.shape[1:], noise)[0].numpy()
+            shape, shared = (1, *out.shape[1:]), stage.model.config.shared_start
+            start = TEMPERATURE * mixed_noise(shape, shared, noise)
+            with torch.autocast("cpu", torch.bfloat16):
+                out[clip] = sample(stage.model, conditions, start)[0].numpy()
         part.rename(file)
     return np.load(file, mmap_mode="r")
-
-
-@torch.no_grad()
-def sample(
-    model: HeartBeat,
-    conditions: dict[str, Tensor],
-    shape: tuple[int, ...],
-    noise: torch.Generator,
-    steps: int = STEPS,
-) -> Tensor:
-    """DDIM as the runtime starts it: one tempered noise for all frames. (1, F, C, h, w)."""
-    c, config = conditions, model.config
-    with torch.autocast("cpu", torch.bfloat16):
-        text = model.text_context(c["tokens"], c["ef"], c["present"])
-        image = model.image_context(c["image"], c["present"])
-        local = model.local_features(c["sketch"], c["mask"], c["skeleton"], c["flow"], c["present"])
-        alphas = alphas_cumprod(model)
-        z = TEMPERATURE * mixed_noise((1, *shape), config.shared_start, noise)
-        times = torch.linspace(config.steps - 1, 0, steps + 1).round().long()
-        for now, then in pairwise(times):
-            out = model.denoiser(z, now.expand(1), local, text, image, True).float()
-            a, b = alphas[now], alphas[then]
-            if config.prediction == "v_prediction":
-                z0, e = a.sqrt() * z - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * z
-            else:
-                z0, e = (z - (1 - a).sqrt() * out) / a.sqrt(), out
-            z = b.sqrt() * z0 + (1 - b).sqrt() * e
-    return z

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.errors import HeartBeatError
-from heartbeat_fast.models.checkpoints import load_sd15
+from heartbeat_fast.models.checkpoints import CheckpointError, load_sd15
 from heartbeat_fast.models.config import BASE, HeartBeatConfig
 from heartbeat_fast.models.embeddings import EmbeddingCache, fingerprint
 from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_only
@@ -24,7 +24,7 @@ from heartbeat_fast.models.medsam import load_medsam
 from heartbeat_fast.text import Tokenizer
 from heartbeat_training.clips import ClipCache
 from heartbeat_training.recipes import PAPER, PaperRecipe
-from heartbeat_training.stage_diffusion import DiffusionStage
+from heartbeat_training.stage_diffusion import DiffusionStage, drop
 
 STAGES = tuple(PAPER)
 
@@ -44,6 +44,8 @@ def open_base(
         FileError: no tokenizer.
     """
     sd15 = Path(sd15)
+    if not sd15.exists():
+        raise CheckpointError(f"{sd15}: no such file or folder; wanted Stable Diffusion 1.5")
     tokenizer = Tokenizer.from_clip_folder((sd15 if sd15.is_dir() else sd15.parent) / "tokenizer")
     model = HeartBeat(config)
     load_sd15(model, sd15)
@@ -117,15 +119,12 @@ class PaperStage(DiffusionStage):
         if embeddings is not None and "image" in wanted:
             # Now, while the model is whole: batches are drawn beside training, when its encoder may
             # be busy or spread over processes.
-            for clip in range(len(cache)):
-                embeddings(cache.frames[clip, 0])
+            embeddings.fill(cache.frames[clip, 0] for clip in range(len(cache)))
 
     def chance(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """Which conditions are present (B,7), at the recipe's rates."""
-        published, batch = self.recipe.published, self.recipe.batch
-        present = rng.random((batch, len(NAMES))) >= published.drop
-        present &= rng.random((batch, 1)) >= published.drop_all
-        return present.astype(np.float32)
+        published = self.recipe.published
+        return drop(self.batch, rng, False, published.drop, published.drop_all)
 
     def picks(
         self, step: int, rng: np.random.Generator | None = None

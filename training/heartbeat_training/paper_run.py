@@ -98,11 +98,8 @@ def _prepare(
     cache = ClipCache(folder)
     encode_cache(model, cache, folder, device)
     embeddings = embeddings_of(model, folder.parent / "embeddings")
-    missing = [c for c in range(len(cache)) if not embeddings.path(cache.frames[c, 0]).is_file()]
-    if missing:
-        console.print(f"image prior: embedding {len(missing)} first frames")
-        model.image_encoder.to(device)
-        for clip in missing:
-            embeddings(cache.frames[clip, 0])
-        model.image_encoder.to(torch.device("cpu"))
+    console.print(f"image prior: embeddings of {len(cache)} first frames")
+    model.image_encoder.to(device)
+    embeddings.fill(cache.frames[clip, 0] for clip in range(len(cache)))
+    model.image_encoder.to(torch.device("cpu"))
     return cache, embeddings

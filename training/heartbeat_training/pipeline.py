@@ -138,7 +138,7 @@ def _train_real_codec(
 ) -> None:
     """The codec stages on real frames: encoded ones, or as the denoiser would have them."""
     assert isinstance(model.codec, EchoCodec)
-    recipe, generated = (plan.codec, None) if stage == "codec" else (plan.texture, None)
+    recipe, generated = plan.codec if stage == "codec" else plan.texture, None
     with main_first():
         if stage == "codec":
             frames = _frames(model, run, data)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from heartbeat_fast.models.codec import EchoCodec
 from heartbeat_fast.speckle import texture
-from heartbeat_training.stage_codec import LATENT_NOISE, PATCH, TEXTURES, amplitudes
+from heartbeat_training.stage_codec import LATENT_NOISE, PATCH, TEXTURES, amplitudes, normalise
 
 BLUR = 2.5  # pixels: the critic sees what is finer than this magnified
 # What is smoother than this is anatomy and asked for pixel by pixel. With 2.5 pixels grain of 0.08
@@ -209,9 +209,7 @@ class AdversarialCodecStage:
         if not self.encoder:
             return
         rows = np.linspace(0, len(self.frames) - 1, min(samples, len(self.frames))).astype(int)
-        z = torch.cat([self.codec.encoder(part) for part in self._grey(rows).split(16)])
-        self.codec.mean.copy_(z.mean((0, 2, 3), keepdim=True))
-        self.codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
+        normalise(self.codec, self._grey(rows))
 
 
 def _power(frames: Tensor, shift: tuple[int, ...]) -> Tensor:

@@ -113,9 +113,14 @@ class CodecStage:
     def finish(self, samples: int = 256) -> None:
         """Set the latents' mean and deviation from the first `samples` frames."""
         frames = torch.from_numpy(self.cache.a[:samples].astype(np.float32) / 255)[:, None]
-        z = torch.cat([self.codec.encoder(part) for part in frames.split(16)])
-        self.codec.mean.copy_(z.mean((0, 2, 3), keepdim=True))
-        self.codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
+        normalise(self.codec, frames)
+
+
+def normalise(codec: EchoCodec, frames: Tensor) -> None:
+    """Set the latents' mean and deviation from frames (N, 1, H, W)."""
+    z = torch.cat([codec.encoder(part) for part in frames.split(16)])
+    codec.mean.copy_(z.mean((0, 2, 3), keepdim=True))
+    codec.deviation.copy_(z.std((0, 2, 3), keepdim=True))
 
 
 class TextureStage(CodecStage):

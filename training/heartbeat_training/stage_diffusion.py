@@ -7,9 +7,6 @@ condition on; dropping each on its own makes any subset, and guidance, work. Leg
 frames, M = B·F images, C channels, h w latents.
 """
 
-import hashlib
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heartbeat_fast.conditions import NAMES
+from heartbeat_fast.models.embeddings import fingerprint
 from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_only
 from heartbeat_fast.text import Tokenizer
 from heartbeat_training.clips import ClipCache
+from heartbeat_training.ddim import alphas_cumprod, mixed_noise, sample
 
 DROP, DROP_ALL = 0.1, 0.1  # each condition's chance to be left out, and that of all together
-
-
-def alphas_cumprod(model: HeartBeat) -> Tensor:
-    """ᾱ of SD's "scaled_linear" schedule: √β runs linearly."""
-    c = model.config
-    beta = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.steps, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - beta, 0).float()
 
 
 def encode_cache(
@@ -58,12 +50,8 @@ def encode_cache(
 
 def _encoder_mark(model: HeartBeat) -> str:
     """Digest of the codec's tensors but the decoder's."""
-    parts = {k: v for k, v in model.codec.state_dict().items() if ".decoder." not in f".{k}"}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parts.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    parts = model.codec.state_dict().items()
+    return fingerprint({k: v for k, v in parts if ".decoder." not in f".{k}"})[:16]
 
 
 class DiffusionStage:
@@ -195,51 +183,28 @@ class DiffusionStage:
             present = np.tile(np.array([[n in names for n in NAMES]], np.float32), (6, 1))
             place = self.model.ef_token.absent.device
             given = {k: v.to(place) for k, v in self.conditions(clips, frames, present).items()}
-            z = self.sample(given, frames=1)
+            shape = (6, 1, *self.latents.shape[2:])
+            start = torch.Generator().manual_seed(0)
+            z = sample(self.model, given, mixed_noise(shape, 0.0, start))
             noise = torch.randn(6, 2, *self.cache.frames.shape[2:])
             image = self.model.codec.decode(z[:, 0], noise.to(place))[:, 0]
             rows.append((image * 255).round().byte().cpu().numpy())
         self.model.train()
         return np.concatenate([np.concatenate(list(row), 1) for row in rows])
 
-    @torch.no_grad()
-    def sample(self, conditions: dict[str, Tensor], frames: int, steps: int = 10) -> Tensor:
-        """Plain DDIM for pictures during training: latents (B, F, C, h, w)."""
-        config = self.model.config
-        side = config.latent
-        count = len(conditions["present"])
-        generator = torch.Generator().manual_seed(0)
-        shape = (count, frames, config.codec.latent_channels, side, side)
-        place = conditions["present"].device
-        z = mixed_noise(shape, config.shared_noise, generator).to(place)
-        alphas = self._alphas.to(place)
-        times = torch.linspace(config.steps - 1, 0, steps + 1, device=place).round().long()
-        for now, then in pairwise(times):
-            out = self.model.predict(z, now.expand(count), conditions).float()
-            a, b = alphas[now], alphas[then]
-            if config.prediction == "v_prediction":
-                z0, noise = a.sqrt() * z - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * z
-            else:
-                z0, noise = (z - (1 - a).sqrt() * out) / a.sqrt(), out
-            z = b.sqrt() * z0 + (1 - b).sqrt() * noise
-        return z
 
-
-def mixed_noise(
-    shape: Sequence[int], shared: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Unit noise (B, F, …) of which `shared` of the power is the same in all frames of a clip."""
-    common = torch.randn(shape[0], 1, *shape[2:], generator=generator)
-    own = torch.randn(*shape, generator=generator)
-    return shared**0.5 * common + (1 - shared) ** 0.5 * own
-
-
-def drop(batch: int, rng: np.random.Generator, images: bool) -> NDArray[np.float32]:
+def drop(
+    batch: int,
+    rng: np.random.Generator,
+    images: bool,
+    each: float = DROP,
+    together: float = DROP_ALL,
+) -> NDArray[np.float32]:
     """Which conditions are present (B, 7): each dropped by itself, sometimes all; no flow in
     images.
     """
-    present = rng.random((batch, len(NAMES))) >= DROP
-    present &= rng.random((batch, 1)) >= DROP_ALL
+    present = rng.random((batch, len(NAMES))) >= each
+    present &= rng.random((batch, 1)) >= together
     if images:
         present[:, NAMES.index("flow")] = False
     return present.astype(np.float32)

@@ -6,9 +6,13 @@ Presets nano and tiny are ours, on phantoms or real data; base is the paper's, o
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heartbeat_fast.errors import HeartBeatError
 from heartbeat_training import hardware
+
+if TYPE_CHECKING:
+    from heartbeat_training.real_data import RealData
 
 HELPS = {
     "codec": "train the codec: frames ↔ latents",
@@ -83,15 +87,14 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _run_paper(arguments: argparse.Namespace, data: object) -> None:
+def _run_paper(arguments: argparse.Namespace, data: "RealData | None") -> None:
     from heartbeat_fast.models.heartbeat import HeartBeat
     from heartbeat_fast.text import Tokenizer
     from heartbeat_training.paper import open_base
     from heartbeat_training.paper_run import run_paper_stage
-    from heartbeat_training.real_data import RealData
     from heartbeat_training.recipes import PAPER
 
-    if not isinstance(data, RealData):
+    if data is None:
         raise HeartBeatError("base is trained on real data: give --data DIR")
     if arguments.command not in (*PAPER, "all"):
         raise HeartBeatError(
