@@ -1,68 +1,45 @@
-"""heartbeat-export: from a trained model folder to the bundle that is shipped."""
+"""heartbeat-export: from a trained model folder to the bundle and the engines that are used.
+
+A command is a module of heartbeat_export.commands with HELP, configure(parser) and run(options);
+to add one, copy a neighbour and name it in COMMANDS.
+"""
 
 import argparse
-import subprocess
+import importlib
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 from heartbeat_fast.errors import HeartBeatError
+
+COMMANDS = {  # command → module; none is called onnx, the library's name
+    "onnx": "write_onnx",
+    "rebuild": "rebuild",
+    "rollback": "rollback",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `heartbeat-export`; returns the exit code, 2 for errors the user can mend."""
-    parser = argparse.ArgumentParser(prog="heartbeat-export", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    onnx = commands.add_parser(
-        "onnx",
-        help="write a bundle of ONNX graphs",
-        description="Writes a bundle, past the parity gate against torch, or nothing.",
-    )
-    onnx.add_argument("model", type=Path, metavar="MODEL_DIR", help="a HeartBeat model folder")
-    onnx.add_argument("--out", type=Path, required=True, metavar="BUNDLE_DIR")
-    onnx.add_argument("--name", default="", help="of the bundle (default: the preset's)")
-    onnx.add_argument(
-        "--licence", default="Apache-2.0", help="of the weights (default: %(default)s)"
-    )
-    onnx.add_argument("--revision", default="", help="of the source (default: ask git)")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return _onnx(options)
+        return int(options.run(options) or 0)
     except HeartBeatError as error:
         print(f"heartbeat-export: error: {error}", file=sys.stderr)
         return 2
 
 
-def _onnx(options: argparse.Namespace) -> int:
-    from heartbeat_export.build import build_bundle, load_folder  # torch: only when work is to do
-
-    model, tokenizer, provenance, card = load_folder(options.model)
-    manifest = build_bundle(
-        model,
-        tokenizer,
-        options.out,
-        name=options.name,
-        revision=options.revision or _revision(),
-        licence=options.licence,
-        provenance=provenance,
-        card=card,
-        say=lambda line: print(line, file=sys.stderr),
-    )
-    size = sum(graph.bytes for graph in manifest.graphs.values()) / 1e6
-    worst = max(manifest.parity["relative_l2"].values())
-    print(
-        f"{options.out}: {len(manifest.graphs)} graphs, {size:.1f} MB; from torch {worst:.1e}, "
-        f"clip {manifest.parity['clip_psnr_db']} dB"
-    )
-    return 0
-
-
-def _revision() -> str:
-    """This source's git revision, marked where it was changed; "unknown" outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="heartbeat-export", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        path = f"heartbeat_export.commands.{module}"
+        if find_spec(path) is None:
+            continue
+        command = importlib.import_module(path)
+        sub = commands.add_parser(name, help=command.HELP, description=command.run.__doc__)
+        command.configure(sub)
+        sub.set_defaults(run=command.run)
+    return parser
 
 
 if __name__ == "__main__":
