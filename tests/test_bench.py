@@ -150,7 +150,9 @@ def test_tables_fill_documents(
 ) -> None:
     results.save("quality", judged, tmp_path)
     page = tmp_path / "README.md"
-    page.write_text("<!-- bench:ladder -->\n<!-- /bench -->\n")
+    page.write_text(
+        "<!-- bench:ladder -->\n<!-- /bench -->\n<!-- bench:latency -->\n<!-- /bench -->\n"
+    )
     assert cli.main(["tables", str(page), "--results", str(tmp_path)]) == 0
     assert "| +flow |" in page.read_text()
     assert "no latency result" in capsys.readouterr().err

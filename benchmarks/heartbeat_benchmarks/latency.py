@@ -47,7 +47,7 @@ class Workload:
     cold_starts: int = 5
 
 
-def run(bundle: Path | None, work: Workload) -> dict[str, Any]:
+def run(bundle: str | Path | None, work: Workload) -> dict[str, Any]:
     """Time a workload. Returns the result that `results.save` stores.
 
     Raises: BundleError, EngineError, SamplerError as the generator does.

@@ -27,7 +27,7 @@ Frames = NDArray[np.uint8]
 
 
 def draw(
-    bundle: Path | None,
+    bundle: str | Path | None,
     folder: Path,
     *,
     engine: str = "auto",

@@ -63,7 +63,7 @@ def judge_of(run: Path) -> Judge:
     return lambda frames: segment(model, frames)
 
 
-def run(bundle: Path | None, judge: Judge, plan: Plan) -> dict[str, Any]:
+def run(bundle: str | Path | None, judge: Judge, plan: Plan) -> dict[str, Any]:
     """Evaluate a bundle. Returns the result that `results.save` stores: raw rows and summary.
 
     Raises: BundleError, EngineError, SamplerError as the generator does.

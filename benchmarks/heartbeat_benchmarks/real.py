@@ -22,7 +22,7 @@ CONDITIONS = ("text", "image", "sketch", "mask", "skeleton", "flow")
 
 
 def run(
-    bundle: Path | None, judge: Judge, folder: Path, patients: int, steps: int
+    bundle: str | Path | None, judge: Judge, folder: Path, patients: int, steps: int
 ) -> dict[str, Any]:
     """LV Dice and EF (area–length) of clips made from real conditions; one row a patient.
 

@@ -72,6 +72,11 @@ def insert(document: Path, name: str, table: str) -> bool:
     return bool(count)
 
 
+def has_place(document: Path, name: str) -> bool:
+    """Whether a document asks for a table by this name."""
+    return f"<!-- bench:{name} -->" in document.read_text()
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table; the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]

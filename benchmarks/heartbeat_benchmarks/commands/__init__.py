@@ -1,0 +1,1 @@
+"""heartbeat-bench's commands, one module each: HELP, configure(parser), run(arguments)."""

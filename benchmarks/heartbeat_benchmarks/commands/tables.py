@@ -1,0 +1,53 @@
+"""heartbeat-bench tables."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heartbeat_benchmarks import results
+from heartbeat_benchmarks.commands import options
+from heartbeat_fast.errors import FileError
+
+HELP = "put the newest results into documents"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Fills what stands between <!-- bench:NAME --> and <!-- /bench --> in each document."""
+    parser.add_argument("documents", type=Path, nargs="+", metavar="FILE.md")
+    options.folder(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Every table whose result is there, into every document that has a place for it."""
+    for name, (kind, maker) in makers().items():
+        places = [d for d in arguments.documents if results.has_place(d, name)]
+        if not places:
+            continue
+        path = results.newest(kind, arguments.results)
+        if path is None:
+            print(f"{name}: no {kind} result in {arguments.results}", file=sys.stderr)
+            continue
+        try:
+            table = maker(results.load(path))
+        except KeyError as error:
+            raise FileError(f"{path}: has no {error}: run heartbeat-bench {kind} again") from error
+        for document in places:
+            results.insert(document, name, f"{table} [Raw]({path.as_posix()}).")
+            print(f"{document}: {name} from {path.name}")
+    return 0
+
+
+def makers() -> dict[str, tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Table → the kind of result it shows, and what writes it as Markdown."""
+    from heartbeat_benchmarks import latency, patients, quality, real
+
+    return {
+        "ladder": ("quality", quality.ladder_markdown),
+        "targets": ("quality", quality.targets_markdown),
+        "latency": ("latency", latency.markdown),
+        "real": ("real", real.markdown),
+        "table": ("table", patients.table),
+        "steps": ("steps", patients.steps),
+    }
