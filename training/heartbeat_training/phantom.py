@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from heartbeat_fast.anatomy import contraction, sample_anatomy, sway
+from heartbeat_fast.heart import Map, Motion, fetch, move, sample
 from heartbeat_fast.record import Record
 from heartbeat_fast.speckle import PER_PIXEL, splat
 from heartbeat_training.acoustics import (
@@ -21,18 +23,7 @@ from heartbeat_training.acoustics import (
     gain_map,
     scan_convert,
 )
-from heartbeat_training.anatomy import contraction, opening, sample_anatomy, sway
-from heartbeat_training.geometry import Geometry, Map, sample
-
-
-@dataclass(frozen=True)
-class Motion:
-    """What moves: labels, skeleton (F, H, W) and flow (F, 2, H, W) in pixels per frame."""
-
-    labels: NDArray[np.uint8]
-    skeleton: NDArray[np.float32]
-    flow: NDArray[np.float32]
-    material: NDArray[np.float32]  # (F, H, W, 2): ED position of the point under each pixel
+from heartbeat_training.geometry import Geometry
 
 
 def record(seed: int, **options: object) -> Record:
@@ -66,44 +57,6 @@ def to_record(geometry: Geometry, motion: Motion, images: NDArray[np.uint8]) -> 
         skeleton=motion.skeleton,
         flow=motion.flow,
     )
-
-
-def move(geometry: Geometry, frames: int) -> Motion:
-    """Labels, skeleton and flow of every frame from the one displacement field.
-
-    The material point under pixel x solves X = x − r − c·U(X); U contracts (|c∇U| < 0.6), so the
-    fixed-point iteration, started from the previous frame's answer, converges in four steps.
-    """
-    heart, size = geometry.heart, geometry.size
-    row, col = np.mgrid[0:size, 0:size].astype(np.float32)
-    grid = np.stack([col, row], -1)
-    U = np.ascontiguousarray(geometry.U.transpose(1, 2, 0))
-    c = contraction(heart, frames)
-    r = sway(heart, frames) / geometry.spacing
-    valve = opening(heart, frames)
-    labels = np.empty((frames, size, size), np.uint8)
-    skeleton = np.zeros((frames, size, size), np.float32)
-    flow = np.zeros((frames, 2, size, size), np.float32)
-    inside = Probe.of(size, geometry.origin, heart).inside
-    points = np.empty((frames, size, size, 2), np.float32)
-    material = grid
-    for t in range(frames):
-        for _ in range(4):
-            moved = fetch(U, material)
-            material = (grid - r[t] - c[t] * moved).astype(np.float32)
-        points[t] = material
-        labels[t] = fetch(geometry.label, material, cv2.INTER_NEAREST)
-        labels[t][~inside] = 0
-        if t + 1 < frames:
-            step = (c[t + 1] - c[t]) * moved + (r[t + 1] - r[t])
-            flow[t] = (step * inside[..., None]).transpose(2, 0, 1)
-        for curve in geometry.leaflets(float(c[t]), float(valve[t])):
-            line = np.rint((curve + r[t]) * 16).astype(np.int32)
-            thick = max(1, round(size / 128))
-            drawn = np.zeros((size, size), np.uint8)
-            cv2.polylines(drawn, [line], False, 255, thick, cv2.LINE_AA, shift=4)
-            skeleton[t] = np.maximum(skeleton[t], drawn.astype(np.float32) / 255)
-    return Motion(labels, skeleton, flow, points)
 
 
 def render(
@@ -195,12 +148,6 @@ class Tissue:
         y = self.grains.y + np.float32(c) * self._drift[1] + np.float32(r[1])
         crowding = np.maximum(1 + c * self._strain[0] + c * c * self._strain[1], 0.1)
         return x, y, self._power + at_nearest(leaf, x, y), crowding.astype(np.float32)
-
-
-def fetch(image: NDArray[Any], points: Map, how: int = cv2.INTER_LINEAR) -> NDArray[Any]:
-    """Values of an image at a grid of pixel positions (H, W, 2), x first, edges repeated."""
-    x, y = points[..., 0], points[..., 1]
-    return np.asarray(cv2.remap(image, x, y, how, borderMode=cv2.BORDER_REPLICATE))
 
 
 def at_nearest(image: NDArray[Any], x: Map, y: Map) -> NDArray[Any]:
