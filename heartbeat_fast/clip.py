@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.errors import FileError, RecordError, optional
 from heartbeat_fast.files import atomic
+from heartbeat_fast.sector import Sector, estimate
 
 MARK = "SYNTHETIC"
 Point = tuple[float, float]
@@ -29,9 +32,10 @@ class Clip:
         fps: frames per second.
         provenance: how it was made (seed, bundle, engine, timings, ...), JSON values.
         conditions: what it was made from; an npz holds them.
+        sector: the scanned sector where it is known; `geometry` estimates it where not.
 
     Raises:
-        RecordError: frames are not grey uint8 (F,H,W), or fps is not positive.
+        RecordError: frames are not grey uint8 (F,H,W), or fps or spacing is not positive.
     """
 
     frames: NDArray[np.uint8]
@@ -39,6 +43,7 @@ class Clip:
     fps: float = 25.0
     provenance: dict[str, Any] = field(default_factory=dict)
     conditions: Conditions | None = None
+    sector: Sector | None = None
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 3 or self.frames.dtype != np.uint8 or self.frames.size == 0:
@@ -47,26 +52,42 @@ class Clip:
             )
         if not 0 < self.fps < np.inf:
             raise RecordError(f"fps: {self.fps} came; wanted a positive number")
+        if not (len(self.spacing_mm) == 2 and all(0 < mm < np.inf for mm in self.spacing_mm)):
+            raise RecordError(f"spacing_mm: {self.spacing_mm} came; wanted two positive numbers")
+
+    @cached_property
+    def geometry(self) -> Sector | None:
+        """The scanned sector: known, else estimated from the frames; None where there is none."""
+        return self.sector or estimate(self.frames)
 
     def save(self, path: str | Path, *, mark: bool = True) -> Path:
-        """Writes .gif, .mp4, .webp, .png (all frames side by side) or .npz, whole or not at all.
+        """Writes .dcm, .nii, .nii.gz, .mp4, .gif, .webp, .png or .npz, whole or not at all.
+
+        A .png is all frames side by side. With NIfTI the labels, if the clip has any, go into a
+        `_gt` file beside it. docs/files.md says what each holds.
 
         Args:
-            mark: draw a small visible SYNTHETIC into pictures. The metadata says so in any case.
+            mark: draw a small visible SYNTHETIC into pictures and DICOM. The metadata says so in
+                any case.
 
         Raises:
             FileError: unknown suffix, or the file cannot be written.
-            MissingDependency: .mp4 without PyAV.
+            MissingDependency: .mp4 without PyAV, .dcm without pydicom, NIfTI without nibabel.
         """
         path = writable(path)
-        if path.suffix.lower() == ".npz":
+        suffix = _suffix(path)
+        if suffix in _FORMATS:  # by name: these modules stand above this one and know it
+            import_module(_FORMATS[suffix]).write(path, self, mark=mark)
+        elif suffix == ".npz":
             self._save_arrays(path)
-            return path
-        images = [Image.fromarray(frame) for frame in self.frames]
-        return save_images(path, images, self.fps, self.note(), mark=mark)
+        else:
+            images = [Image.fromarray(frame) for frame in self.frames]
+            save_images(path, images, self.fps, self.note(), mark=mark)
+        return path
 
     def note(self) -> str:
-        """The metadata every file carries, as JSON."""
+        """The metadata every file carries, as JSON: provenance, rate, spacing and sector."""
+        sector = self.geometry
         return json.dumps(
             {
                 **self.provenance,
@@ -75,6 +96,7 @@ class Clip:
                 "generator": "heartbeat_fast",
                 "fps": self.fps,
                 "spacing_mm": self.spacing_mm,
+                "sector": sector and sector.facts(self.spacing_mm),
             },
             default=str,
         )
@@ -105,6 +127,8 @@ class Clip:
             "fps": np.float64(self.fps),
             "provenance": np.str_(self.note()),
         }
+        if self.geometry:
+            arrays["sector_mask"] = self.geometry.mask(*self.frames.shape[1:])
         for name in given.present if given else ():
             arrays[name] = np.asarray(getattr(given, name))
         with atomic(path) as temporary, temporary.open("wb") as file:
@@ -118,9 +142,14 @@ def writable(path: str | Path) -> Path:
         FileError: unknown suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    if _suffix(path) not in SUFFIXES:
         raise FileError(f"{path}: unknown suffix; wanted one of {', '.join(SUFFIXES)}")
     return path
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
 
 
 def save_images(
@@ -137,7 +166,7 @@ def save_images(
         FileError, MissingDependency: as `Clip.save`.
     """
     path = writable(path)
-    if path.suffix.lower() == ".npz":
+    if _suffix(path) not in _WRITERS:
         raise FileError(f"{path}: pictures came; wanted {', '.join(_WRITERS)}")
     drawn = [marked(image) for image in images] if mark else list(images)
     with atomic(path) as temporary:
@@ -162,9 +191,16 @@ def marked(image: Image.Image) -> Image.Image:
     return image
 
 
+def _durations(count: int, fps: float, tick: int, least: int) -> list[int]:
+    """Milliseconds of each frame in whole ticks, so spread that none starts half a tick off."""
+    starts = np.rint(np.arange(count + 1) * (1000 / (fps * tick))).astype(int)
+    return [max(least, int(ticks)) * tick for ticks in np.diff(starts)]
+
+
 def _gif(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
-    milliseconds = max(2, round(100 / fps)) * 10  # a GIF counts in hundredths of a second
-    options = {"duration": milliseconds, "loop": 0, "comment": note.encode(), "optimize": False}
+    # A GIF counts in hundredths of a second, and browsers slow down what asks for less than two.
+    durations = _durations(len(images), fps, 10, 2)
+    options = {"duration": durations, "loop": 0, "comment": note.encode(), "optimize": False}
     _save_all(path, "GIF", images, **options)
 
 
@@ -172,7 +208,8 @@ def _webp(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
     exif = Image.Exif()
     exif[0x010E] = note  # ImageDescription
     # Lossless: the lossy encoder merges frames that differ by a few grey levels.
-    options = {"duration": round(1000 / fps), "loop": 0, "lossless": True, "exif": exif.tobytes()}
+    durations = _durations(len(images), fps, 1, 1)
+    options = {"duration": durations, "loop": 0, "lossless": True, "exif": exif.tobytes()}
     _save_all(path, "WEBP", images, **options)
 
 
@@ -209,4 +246,9 @@ def _mp4(path: Path, images: list[Image.Image], fps: float, note: str) -> None:
 
 
 _WRITERS = {".gif": _gif, ".mp4": _mp4, ".webp": _webp, ".png": _png}
-SUFFIXES = (*_WRITERS, ".npz")
+_FORMATS = {
+    ".dcm": "heartbeat_fast.formats.dicom_writer",
+    ".nii": "heartbeat_fast.formats.nifti_writer",
+    ".nii.gz": "heartbeat_fast.formats.nifti_writer",
+}
+SUFFIXES = (*_WRITERS, ".npz", *_FORMATS)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import av
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -32,6 +34,10 @@ def metadata(path: Path) -> dict[str, Any]:
             return dict(json.loads(container.metadata["comment"]))
     if path.suffix == ".npz":
         return dict(json.loads(str(np.load(path)["provenance"])))
+    if path.suffix == ".dcm":
+        return dict(json.loads(pydicom.dcmread(path).ImageComments.partition("\n")[2]))
+    if path.name.endswith((".nii", ".nii.gz")):
+        return dict(json.loads(nibabel.load(path).header.extensions[0].get_content()))
     with Image.open(path) as image:
         note = {
             ".gif": lambda: image.info["comment"].decode(),

@@ -34,7 +34,8 @@ def read(path: Path) -> Record:
     pixels = dataset.pixel_array.reshape(count, dataset.Rows, dataset.Columns, samples)
     frames = _grey(pixels, str(dataset.PhotometricInterpretation))
     rows, columns, spacing = _region(dataset)
-    words = f"{dataset.get('SeriesDescription', '')} {dataset.get('ImageComments', '')}"
+    comments = str(dataset.get("ImageComments", "")).partition("{")[0]  # our own end in JSON
+    words = f"{dataset.get('SeriesDescription', '')} {comments}"
     return Record(
         frames=np.ascontiguousarray(frames[:, rows, columns]),
         spacing_mm=spacing,

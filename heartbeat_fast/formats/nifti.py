@@ -1,4 +1,4 @@
-"""NIfTI in the layout of CAMUS (Leclerc et al., IEEE TMI 38(9), 2019).
+"""NIfTI in the layout of CAMUS (Leclerc et al., IEEE TMI 38(9), 2019), and with a time axis.
 
 `patient0001_4CH_half_sequence.nii.gz`, its labels `..._gt.nii.gz` and `Info_4CH.cfg` beside it.
 """
@@ -18,6 +18,7 @@ from heartbeat_fast.files import check_pixels
 from heartbeat_fast.record import Record, view_in
 
 CHUNK = 2**24  # bytes read at once
+_SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 CFG = 2**16  # characters; real ones hold some 90
 
 
@@ -26,7 +27,7 @@ def read(path: Path) -> Record:
     stem, suffix = re.fullmatch(r"(.*?)(\.nii(?:\.gz)?)", path.name, re.I).groups()  # type: ignore[union-attr]
     if stem.endswith("_gt"):
         raise FileError(f"{path}: holds labels; wanted the image beside it, {stem[:-3]}{suffix}")
-    values, spacing = _upright(path)
+    values, spacing, rate = _upright(path)
     labels = None
     labels_path = path.with_name(f"{stem}_gt{suffix}")
     if labels_path.is_file():
@@ -41,7 +42,7 @@ def read(path: Path) -> Record:
         frames=np.ascontiguousarray(frames),
         labels=None if labels is None else np.ascontiguousarray(labels),
         spacing_mm=spacing,
-        fps=info.get("FrameRate", 30.0),
+        fps=info.get("FrameRate", rate),
         view=view_in(stem),
         ef=info.get("EF"),
         patient=stem.split("_")[0],
@@ -49,14 +50,21 @@ def read(path: Path) -> Record:
     )
 
 
-def _upright(path: Path) -> tuple[NDArray[Any], tuple[float, float]]:
-    """Values (F,H,W) and spacing (rows, columns): on disk the axes are column, row, time."""
+def _upright(path: Path) -> tuple[NDArray[Any], tuple[float, float], float]:
+    """Values (F,H,W), spacing (rows, columns), frames per second.
+
+    On disk the axes are column, row, time, as in CAMUS, or column, row, one slice, time.
+    """
     image = optional("nibabel", "formats").load(path)
-    if len(image.shape) not in (2, 3):
-        raise FileError(f"{path}: {image.shape} came; wanted (W,H) or (W,H,F)")
-    values = values_of(path, image)
-    column, row = (float(zoom) for zoom in image.header.get_zooms()[:2])
-    return (values if values.ndim == 3 else values[..., None]).T, (row, column)
+    shape = tuple(image.shape)
+    if len(shape) not in (2, 3) and not (len(shape) == 4 and shape[2] == 1):
+        raise FileError(f"{path}: {shape} came; wanted (W,H), (W,H,F) or (W,H,1,F)")
+    values = values_of(path, image).reshape(*shape[:2], -1, order="F")
+    zooms = [float(zoom) for zoom in image.header.get_zooms()]
+    seconds = _SECONDS.get(image.header.get_xyzt_units()[1], 0.0) * (
+        zooms[3] if len(zooms) == 4 else 0.0
+    )
+    return values.T, (zooms[1], zooms[0]), 1 / seconds if seconds > 0 else 30.0
 
 
 def values_of(path: Path, image: Any, volume: int | None = None) -> NDArray[Any]:
@@ -107,7 +115,7 @@ def _grey(path: Path, values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _labels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    values, _ = _upright(path)
+    values, _, _ = _upright(path)
     if values.shape != shape:
         raise FileError(f"{path}: {values.shape} came; wanted {shape} as the image beside it")
     labels = np.rint(values)  # the release stores sequence labels as float32
