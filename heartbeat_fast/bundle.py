@@ -20,15 +20,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from heartbeat_fast import onnx_check, signatures
 from heartbeat_fast.errors import BundleError
+from heartbeat_fast.onnx_check import OnnxError
 from heartbeat_fast.sampler import SamplerTable, load_tables
+from heartbeat_fast.untrusted import JsonError, parse, regular
 
 SCHEMA_VERSION = 1
 GRAPHS = ("text", "image", "local", "context", "time", "denoise", "decode", "encode")
 EMBEDDED = Path(__file__).parent / "bundles" / "tiny"
 MAX_BYTES = 2**31 - 1  # a protobuf cannot be longer
 MAX_MANIFEST = 4 * 2**20
-DTYPES = ("float32", "int64")
+DTYPES = signatures.DTYPES
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,15 @@ class Bundle:
         """
         folder = EMBEDDED if path is None else Path(path)
         try:
-            with (folder / "manifest.json").open("rb") as file:
-                content = file.read(MAX_MANIFEST + 1)
-            if len(content) > MAX_MANIFEST:
-                raise BundleError(f"bundle {folder}: manifest.json exceeds {MAX_MANIFEST} bytes")
-            data = json.loads(content)
+            content = regular(folder / "manifest.json", MAX_MANIFEST)
         except OSError as error:
             raise BundleError(
                 f"bundle {folder}: no readable manifest.json ({error.strerror}): "
                 "give a folder that heartbeat-export wrote"
             ) from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(
-                f"bundle {folder}: manifest.json is not JSON ({error}): copy or export it again"
-            ) from error
         try:
-            return cls(folder, _manifest(data))
-        except BundleError as error:
+            return cls(folder, _manifest(parse(content, MAX_MANIFEST)))
+        except (BundleError, JsonError) as error:
             raise BundleError(f"bundle {folder}: manifest.json: {error}") from error
 
     def read(self, spec: FileSpec) -> bytes:
@@ -139,24 +134,25 @@ class Bundle:
         again = "copy or export the bundle again"
         path = self.path / spec.file
         try:
-            if (size := path.stat().st_size) != spec.bytes:
-                state = "truncated" if size < spec.bytes else "altered"
-                raise BundleError(
-                    f"bundle {self.path}: {spec.file} is {state} "
-                    f"({size} bytes, manifest says {spec.bytes}): {again}"
-                )
-            content = path.read_bytes()
+            content = regular(path, spec.bytes)
         except OSError as error:
             raise BundleError(
                 f"bundle {self.path}: {spec.file} is missing or unreadable "
                 f"({error.strerror}): {again}"
             ) from error
+        if (size := len(content)) != spec.bytes:
+            state = "truncated" if size < spec.bytes else "altered"
+            raise BundleError(
+                f"bundle {self.path}: {spec.file} is {state} "
+                f"({size} bytes, manifest says {spec.bytes}): {again}"
+            )
         if hashlib.sha256(content).hexdigest() != spec.sha256:
             raise BundleError(f"bundle {self.path}: {spec.file} is altered (SHA-256): {again}")
-        if _EXTERNAL in content and spec.file.endswith(".onnx"):
-            raise BundleError(
-                f"bundle {self.path}: {spec.file} keeps weights outside itself: refused"
-            )
+        if isinstance(spec, GraphSpec):
+            try:
+                onnx_check.hold(content, spec.inputs, spec.outputs)
+            except OnnxError as error:
+                raise BundleError(f"bundle {self.path}: {spec.file}: {error}") from error
         return content
 
     def verify(self) -> None:
@@ -173,8 +169,6 @@ class Bundle:
         return load_tables(self.read(self.manifest.files["samplers"]))
 
 
-# ONNX names the file of an external tensor in an entry whose key, field 1, is "location".
-_EXTERNAL = b"\x0a\x08location"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -194,10 +188,7 @@ def _manifest(data: Any) -> Manifest:
             raise BundleError(f"file name {spec.file!r} leaves the folder: refused")
         if not 0 < spec.bytes <= MAX_BYTES:
             raise BundleError(f"{spec.file}: {spec.bytes} bytes; wanted 1 to {MAX_BYTES}")
-    for graph in manifest.graphs.values():
-        for tensor in (*graph.inputs, *graph.outputs):
-            if tensor.dtype not in DTYPES or not all(0 < n < 2**24 for n in tensor.shape):
-                raise BundleError(f"{graph.file}: {tensor} is no static tensor of {DTYPES}")
+    signatures.check(manifest)
     return manifest
 
 

@@ -17,8 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.untrusted import parse
 
 SCHEMA_VERSION = 1
+MAX_BYTES = 4 * 2**20  # of a samplers.json; 56 tables take 0.3 MB
+MAX_STEPS = 1000
+LARGEST = 1e6  # of any number in a table: times go to 1000, weights of known samplers to 30
+PREDICTIONS = ("v_prediction", "epsilon")
 Float = NDArray[np.float32]
 
 
@@ -112,18 +117,41 @@ def load_tables(content: bytes) -> dict[tuple[str, int], SamplerTable]:
     """The tables of a samplers.json's bytes by (name, steps).
 
     Raises:
-        SamplerError: not such a file, or of another schema version.
+        SamplerError: not such a file, of another schema version, or with numbers no sampler has.
     """
     try:
-        fields: dict[str, Any] = json.loads(content)
+        fields = parse(content, MAX_BYTES)
         if (version := fields["schema_version"]) != SCHEMA_VERSION:
             raise SamplerError(f"samplers.json: schema {version} came; wanted {SCHEMA_VERSION}")
-        tables = [SamplerTable(**row) for row in fields["tables"]]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        tables = [SamplerTable(**_checked(row)) for row in fields["tables"]]
+    except SamplerError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise SamplerError(
             f"samplers.json: not a sampler file ({error!r}): export again"
         ) from error
-    return {(table.name, table.steps): table for table in tables}
+    found = {(table.name, table.steps): table for table in tables}
+    if len(found) != len(tables):
+        raise SamplerError("samplers.json: the same sampler and steps twice: export again")
+    return found
+
+
+def _checked(row: Any) -> dict[str, Any]:
+    """A table's fields, of the types that JSON has for them and with numbers in reach."""
+    name, steps = row["name"], row["steps"]
+    numbers = [row["init_sigma"], *row["timesteps"], *row["input_scale"]]
+    for rows in (row["weights"], row.get("multistep") or ()):
+        numbers += [weight for line in rows for weight in line]
+    if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 64):
+        raise SamplerError(f"samplers.json: sampler name {str(name)[:40]!r}: export again")
+    what = f"samplers.json: {name}"
+    if type(steps) is not int or not 0 < steps <= MAX_STEPS:
+        raise SamplerError(f"{what}: {str(steps)[:40]} steps; wanted 1 to {MAX_STEPS}")
+    if row["prediction"] not in PREDICTIONS:
+        raise SamplerError(f"{what}: unknown prediction; wanted {', '.join(PREDICTIONS)}")
+    if not all(type(n) in (int, float) and abs(n) <= LARGEST for n in numbers):
+        raise SamplerError(f"{what}: a weight or time is no number up to {LARGEST:g}: export again")
+    return dict(row)
 
 
 def pick(tables: dict[tuple[str, int], SamplerTable], name: str, steps: int) -> SamplerTable:

@@ -12,8 +12,18 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from heartbeat_fast.conditions import TOKENS
 from heartbeat_fast.errors import ConditionError, FileError
 from heartbeat_fast.files import atomic, readable
+from heartbeat_fast.untrusted import parse, regular
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_BYTES = 16 * 2**20  # CLIP's own 49,408 words take 4
+# What a tokenizer.json may be made of: CLIP's parts, in our spelling and in transformers'.
+SPACES = r"\s+"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+PATTERNS = (SPACES, WORDS, r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+PARTS = (
+    *("BPE", "ByteLevel", "Sequence", "Split", "NFC", "Replace", "Strip", "Lowercase"),
+    *("RobertaProcessing", "TemplateProcessing"),
+)
 
 
 class Tokenizer:
@@ -41,10 +51,14 @@ class Tokenizer:
             FileError: missing, not a tokenizer, or without start and end tokens.
         """
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(readable(path))))
+            content = regular(readable(path), MAX_BYTES)
+            _check(parse(content, MAX_BYTES))
+            return cls(tokenizers.Tokenizer.from_buffer(content))
         except FileError:
             raise
-        except Exception as error:  # the library raises bare Exception for every fault
+        except BaseException as error:  # bare Exception for every fault, and for Rust's panics less
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
             raise FileError(f"{path}: not a tokenizer.json ({error})") from error
 
     @classmethod
@@ -65,10 +79,9 @@ class Tokenizer:
             raise FileError(f"{folder}: not a CLIP vocabulary ({error})") from error
         backend = tokenizers.Tokenizer(model)
         backend.normalizer = _clip_normalizer()
-        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(words, behavior="removed", invert=True),
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -125,11 +138,41 @@ def train_tiny_tokenizer(prompts: Iterable[str], vocab_size: int = 512) -> Token
     return Tokenizer(backend)
 
 
+def _check(value: Any) -> None:
+    """Refuses what a tokenizer file can ask for and CLIP's never does: slow or foreign patterns.
+
+    A pattern is a program: one with nested repeats takes longer than anyone lives.
+
+    Raises:
+        FileError: an unknown part, pattern or special token.
+    """
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list):
+            todo += item
+        if not isinstance(item, dict):
+            continue
+        kind, pattern = item.get("type", "BPE"), item.get("Regex", SPACES)
+        if not (isinstance(kind, str) and kind in PARTS):
+            raise FileError(f"tokenizer: part {str(kind)[:40]!r} came; wanted {', '.join(PARTS)}")
+        if kind == "Replace" and item.get("content") != " ":  # longer ones multiply
+            raise FileError("tokenizer: a replacement other than one space came: refused")
+        if pattern not in PATTERNS or "String" in item:
+            raise FileError(f"tokenizer: pattern {str(pattern)[:40]!r} is none of CLIP's: refused")
+        todo += [part for key, part in item.items() if key not in ("vocab", "merges")]
+    for token in value.get("added_tokens", ()) if isinstance(value, dict) else ():
+        if not isinstance(token, dict) or token.get("content") not in (START, END):
+            raise FileError(
+                f"tokenizer: special token {str(token)[:40]} came; wanted {START}, {END}"
+            )
+
+
 def _clip_normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence(
         [
             normalizers.NFC(),
-            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Replace(Regex(SPACES), " "),
             normalizers.Strip(),
             normalizers.Lowercase(),
         ]
