@@ -24,6 +24,7 @@ MAX_BYTES = 4 * 2**20  # of a samplers.json; 56 tables take 0.3 MB
 MAX_STEPS = 1000
 LARGEST = 1e6  # of any number in a table: times go to 1000, weights of known samplers to 30
 PREDICTIONS = ("v_prediction", "epsilon")
+DEFAULT, DEFAULT_STEPS = "dpmpp_2m", 10
 Float = NDArray[np.float32]
 
 
@@ -152,6 +153,26 @@ def _checked(row: Any) -> dict[str, Any]:
     if not all(type(n) in (int, float) and abs(n) <= LARGEST for n in numbers):
         raise SamplerError(f"{what}: a weight or time is no number up to {LARGEST:g}: export again")
     return dict(row)
+
+
+def choose(
+    tables: dict[tuple[str, int], SamplerTable], name: str | None, steps: int | None
+) -> SamplerTable:
+    """The table that is asked for, or what suits the bundle where nothing is.
+
+    No name: dpmpp_2m where there is one, else the bundle's first. No steps: 10 where there are so
+    many, else the most; a distilled bundle has one sampler of 1, 2 and 4 steps.
+
+    Raises:
+        SamplerError: the bundle has none; the message lists what it has.
+    """
+    names = [known for known, _ in tables]
+    if name is None:
+        name = DEFAULT if DEFAULT in names else next(iter(names), DEFAULT)
+    if steps is None:
+        counts = [s for n, s in tables if n == name]
+        steps = DEFAULT_STEPS if DEFAULT_STEPS in counts else max(counts, default=DEFAULT_STEPS)
+    return pick(tables, name, steps)
 
 
 def pick(tables: dict[tuple[str, int], SamplerTable], name: str, steps: int) -> SamplerTable:

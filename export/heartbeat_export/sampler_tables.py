@@ -35,6 +35,7 @@ SCHEDULE = {  # Stable Diffusion 1.x
     # "leading" spacing 4 steps start at t = 751 (Lin et al., 2305.08891, section 3.3).
     "timestep_spacing": "trailing",
 }
+FEW_STEP = "few_step"  # a distilled model's only sampler
 MAX_ORDER = 3  # multistep forms longer than this save a host nothing
 # One-hot probing is exact but for schedulers that cast samples to float32 on the way.
 RESIDUAL = 1e-6
@@ -109,13 +110,55 @@ def multistep(
     return None
 
 
-def build_tables(prediction: str, **schedule: Any) -> list[SamplerTable]:
+def build_tables(
+    prediction: str, few_steps: tuple[int, ...] = (), **schedule: Any
+) -> list[SamplerTable]:
     """Every sampler at every step count a bundle carries, for a model's prediction and schedule.
 
+    few_steps: what a student was distilled to; it knows no other times, so no other table.
     schedule: diffusers' names (beta_start, beta_end, beta_schedule, num_train_timesteps).
     """
+    if few_steps:
+        return [few_step_table(steps, prediction, **schedule) for steps in few_steps]
     return [
         probe(name, scheduler(name, prediction, **schedule), steps)
         for name in SAMPLERS
         for steps in STEPS
     ]
+
+
+def few_step_times(steps: int, train_timesteps: int) -> tuple[int, ...]:
+    """A student's timesteps: the last one first, then evenly down, never to 0."""
+    return tuple(round(train_timesteps * (1 - i / steps)) - 1 for i in range(steps))
+
+
+def few_step_table(steps: int, prediction: str, **schedule: Any) -> SamplerTable:
+    """The table of a student distilled to `steps` (heartbeat_training/stage_student.py).
+
+    Each output gives an estimate of the clean sample; between steps it is noised again with the
+    noise h_0 the clip started from, so that this sampler too is a weighted sum.
+    """
+    solver = scheduler("ddim", prediction, **schedule)
+    alphas = solver.alphas_cumprod.double().numpy()
+    times = few_step_times(steps, len(alphas))
+    units = np.eye(steps + 1)
+    x, rows = units[0], []
+    for i, t in enumerate(times):
+        signal, noise = np.sqrt(alphas[t]), np.sqrt(1 - alphas[t])
+        clean = signal * x - noise * units[i + 1]
+        if prediction != "v_prediction":
+            clean = (x - noise * units[i + 1]) / signal
+        a = alphas[times[i + 1]] if i + 1 < steps else 1.0
+        x = np.sqrt(a) * clean + np.sqrt(1 - a) * units[0]
+        rows.append(x)
+    dense = np.stack(rows)
+    return SamplerTable(
+        name=FEW_STEP,
+        steps=steps,
+        prediction=prediction,
+        timesteps=times,
+        init_sigma=1.0,
+        input_scale=(1.0,) * steps,
+        weights=tuple(tuple(row[: i + 2]) for i, row in enumerate(dense)),
+        multistep=multistep(dense, 1.0),
+    )

@@ -80,7 +80,7 @@ class EchoDecoder(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        fine, mid, coarse = config.widths
+        fine, mid, coarse = config.decoder_widths or config.widths
         self.inside = nn.Conv2d(config.latent_channels + 2, coarse, 3, padding=1)
         self.coarse = Residual(coarse)
         self.up1 = nn.Conv2d(coarse, mid * 4, 1)

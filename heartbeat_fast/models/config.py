@@ -89,6 +89,8 @@ class CodecConfig:
     latent_channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 512)  # finest first
     scale: float = 0.18215  # latents times this have unit deviation
+    # Of the decoder where it is narrower than the encoder (a distilled one), else empty.
+    decoder_widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class HeartBeatConfig:
     beta_end: float = 0.012
     schedule: Literal["scaled_linear"] = "scaled_linear"
     steps: int = 1000
+    few_steps: tuple[int, ...] = ()  # step counts a student was distilled to; empty: any
 
     def __post_init__(self) -> None:
         if self.text.hidden != self.denoiser.context_dim:

@@ -142,6 +142,8 @@ class HeartBeat(Conditioning):
         for name, part in parts.items():
             if name not in TRANSFORMERS:
                 stored = _read_json(folder / name / "config.json")
+                if stored.get("_class_name") == "EchoCodec":  # folders of earlier releases lack it
+                    stored.setdefault("decoder_widths", [])
                 if stored != json.loads(json.dumps(_part_config(config, name, part))):
                     raise CheckpointError(
                         f"{folder / name}: config.json differs from {INDEX}'s config"

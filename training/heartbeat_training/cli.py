@@ -25,6 +25,8 @@ COMMANDS = {
     "texture": "stages",
     "stage1": "stages",
     "stage2": "stages",
+    "student": "stages",
+    "decoder": "stages",
     "cmr": "stages",
     "all": "stages",
     "data": "data",

@@ -2,7 +2,7 @@
 tables instead (heartbeat_fast/sampler.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -33,11 +33,8 @@ def sample(model: HeartBeat, conditions: dict[str, Tensor], z: Tensor, steps: in
 
     Conditions as `HeartBeat.predict` takes them, encoded once.
     """
-    c, config = conditions, model.config
-    place = c["present"].device
-    text = model.text_context(c["tokens"], c["ef"], c["present"])
-    image = model.image_context(c["image"], c["present"])
-    local = model.local_features(c["sketch"], c["mask"], c["skeleton"], c["flow"], c["present"])
+    config, place = model.config, conditions["present"].device
+    local, text, image = encoded(model, conditions)
     alphas, z = alphas_cumprod(model).to(place), z.to(place)
     times = torch.linspace(config.steps - 1, 0, steps + 1, device=place).round().long()
     for now, then in pairwise(times):
@@ -49,3 +46,12 @@ def sample(model: HeartBeat, conditions: dict[str, Tensor], z: Tensor, steps: in
             z0, noise = (z - (1 - a).sqrt() * out) / a.sqrt(), out
         z = b.sqrt() * z0 + (1 - b).sqrt() * noise
     return z
+
+
+def encoded(model: HeartBeat, conditions: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Local features, text tokens and image tokens, as the denoiser takes them."""
+    c = conditions
+    text = model.text_context(c["tokens"], c["ef"], c["present"])
+    image = model.image_context(c["image"], c["present"])
+    local = model.local_features(c["sketch"], c["mask"], c["skeleton"], c["flow"], c["present"])
+    return local, text, image

@@ -21,7 +21,7 @@ from heartbeat_fast.models.codec import EchoCodec
 from heartbeat_fast.models.config import PRESETS
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
-from heartbeat_training import real_data
+from heartbeat_training import few_steps, real_data
 from heartbeat_training.clips import ClipCache, phantoms
 from heartbeat_training.generated import generated_latents
 from heartbeat_training.hardware import Hardware
@@ -35,9 +35,9 @@ from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache
 
 PROMPTS = ("An ECHO with 2-chamber view.", "An ECHO with 4-chamber view.", "An ECHO.", "")
 STAGES = ("codec", "texture", "stage1", "stage2")
-BEFORE = {"texture": "codec", "stage1": "texture", "stage2": "stage1"}
+BEFORE = {"texture": "codec", "stage1": "texture", "stage2": "stage1", "student": "stage2"}
 STAGES_REAL = ("codec", "stage1", "stage2", "texture")
-BEFORE_REAL = {"stage1": "codec", "stage2": "stage1", "texture": "stage2"}
+BEFORE_REAL = {"stage1": "codec", "stage2": "stage1", "texture": "stage2", "student": "texture"}
 
 
 def run_stage(
@@ -62,13 +62,19 @@ def run_stage(
     """
     console = Console(stderr=True)
     plan = PLANS[preset if data is None else f"{preset}-real"].scaled(share)
-    model, start = _model(stage, preset, run, BEFORE if data is None else BEFORE_REAL, init)
+    before = (BEFORE if data is None else BEFORE_REAL) | {"decoder": "student"}
+    model, start = _model(stage, preset, run, before, init)
     tokenizer(run, init)
     if stage in ("codec", "texture"):
         if data is None:
             _train_codec(stage, model, plan, run, console, hardware)
         else:
             _train_real_codec(stage, model, plan, run, data, start is None, console, hardware)
+    elif stage in few_steps.STAGES:
+        with main_first():
+            clips = _clips("stage2", model, plan, run, data)
+        teacher, words = run / f"model-{before['student']}", tokenizer(run)
+        model = few_steps.distil(stage, model, teacher, clips, plan, run, words, console, hardware)
     else:
         with main_first():
             cache, folder = _clips(stage, model, plan, run, data)

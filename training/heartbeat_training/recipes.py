@@ -23,11 +23,14 @@ class Plan:
     texture: Recipe  # the decoder alone, against the spectrum of speckle
     stage1: Recipe
     stage2: Recipe
+    student: Recipe  # 1, 2 and 4 steps, after the last stage
+    decoder: Recipe  # a smaller one, distilled
+    ends: int  # clips whose latents the many-step model makes for both
     first_seed: int = 10_000  # evaluation uses seeds from 900,000, the segmenter from 500,000
 
     def scaled(self, share: float) -> "Plan":
         """The plan with every stage's steps times `share`: a shorter or longer schedule."""
-        stages = ("codec", "texture", "stage1", "stage2")
+        stages = ("codec", "texture", "stage1", "stage2", "student", "decoder")
         found = {name: getattr(self, name) for name in stages}
         steps = {name: replace(r, steps=round(share * r.steps)) for name, r in found.items()}
         return replace(self, **steps)
@@ -41,6 +44,9 @@ PLANS = {
         texture=Recipe(steps=10, batch=4, lr=1e-3, warmup=5, ema=0.9),
         stage1=Recipe(steps=30, batch=8, lr=2e-3, warmup=5, ema=0.9),
         stage2=Recipe(steps=10, batch=2, lr=1e-3, warmup=5, ema=0.9),
+        student=Recipe(steps=10, batch=2, lr=1e-3, warmup=2, ema=0.9),
+        decoder=Recipe(steps=10, batch=4, lr=1e-3, warmup=2, ema=0.9),
+        ends=4,
     ),
     "tiny": Plan(
         pairs=1000,
@@ -49,6 +55,9 @@ PLANS = {
         texture=Recipe(steps=800, batch=8, lr=5e-4, warmup=50, ema=0.99),
         stage1=Recipe(steps=1600, batch=32, lr=1e-3, warmup=150, ema=0.998),
         stage2=Recipe(steps=1000, batch=3, lr=5e-4, warmup=50, ema=0.99),
+        student=Recipe(steps=1000, batch=3, lr=3e-4, warmup=50, ema=0.99),
+        decoder=Recipe(steps=1600, batch=8, lr=2e-3, warmup=50, ema=0.99),
+        ends=600,
     ),
     # Real patients (real_data.py): `clips` counts the changed copies of each. About an hour on two
     # CPU cores, from the phantom-trained model or from nothing.
@@ -59,14 +68,20 @@ PLANS = {
         texture=Recipe(steps=5, batch=4, lr=1e-3, warmup=2, ema=0.9),
         stage1=Recipe(steps=10, batch=8, lr=2e-3, warmup=5, ema=0.9),
         stage2=Recipe(steps=5, batch=2, lr=1e-3, warmup=5, ema=0.9),
+        student=Recipe(steps=10, batch=2, lr=1e-3, warmup=2, ema=0.9),
+        decoder=Recipe(steps=10, batch=4, lr=1e-3, warmup=2, ema=0.9),
+        ends=4,
     ),
     "tiny-real": Plan(
         pairs=0,
         clips=6,
         codec=Recipe(steps=1500, batch=8, lr=1e-3, warmup=50, ema=0.995),
-        texture=Recipe(steps=800, batch=8, lr=5e-4, warmup=50, ema=0.99),
+        texture=Recipe(steps=2000, batch=8, lr=1e-3, warmup=50, ema=0.995),
         stage1=Recipe(steps=1200, batch=32, lr=7e-4, warmup=100, ema=0.998),
         stage2=Recipe(steps=450, batch=3, lr=5e-4, warmup=50, ema=0.99),
+        student=Recipe(steps=1000, batch=3, lr=3e-4, warmup=50, ema=0.99),
+        decoder=Recipe(steps=1600, batch=8, lr=2e-3, warmup=50, ema=0.99),
+        ends=600,
     ),
 }
 

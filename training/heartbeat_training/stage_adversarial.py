@@ -161,7 +161,7 @@ class AdversarialCodecStage:
             LOW * low
             + PLAIN * l1
             + OUTSIDE * outside
-            + BAND * (band / 2 + 2 * whole + grain)
+            + BAND * (band / 2 + 4 * whole + grain)
             + believed * fool
             + judge
         )

@@ -166,7 +166,7 @@ class DiffusionStage:
         }
 
     @torch.no_grad()
-    def picture(self, step: int) -> NDArray[np.uint8]:
+    def picture(self, step: int) -> NDArray[np.uint8] | None:
         """Rows: source, mask, sample with all conditions, with the mask only, with text only.
 
         The samples are decoded without texture noise's motion: single frames, 10 DDIM steps.

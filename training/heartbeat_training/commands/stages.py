@@ -1,4 +1,4 @@
-"""`heartbeat-train codec | texture | stage1 | stage2 | cmr | all`: stages of training.
+"""`heartbeat-train codec | texture | stage1 | stage2 | student | decoder | cmr | all`: stages.
 
 Presets nano and tiny are ours, on phantoms or real data; base is the paper's, on real data.
 """
@@ -19,6 +19,8 @@ HELPS = {
     "texture": "train its decoder alone, for speckle; on real data the last stage",
     "stage1": "train the denoiser on single frames",
     "stage2": "train what sees time, on clips",
+    "student": "distil the denoiser to 1, 2 and 4 steps",
+    "decoder": "distil a smaller decoder",
     "cmr": "tune an echo model on a few short-axis volumes, mask only (base)",
     "all": "the four in turn; base: stage1 and stage2",
 }
