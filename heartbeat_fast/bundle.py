@@ -107,12 +107,16 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path | None = None) -> "Bundle":
-        """Opens a bundle folder; None is the embedded default.
+        """Opens a bundle folder; None is the embedded default, a bare name that is no folder here
+        an embedded one ("tiny", "tiny-fast").
 
         Raises:
             BundleError: no bundle there, or a manifest that does not hold together.
         """
         folder = EMBEDDED if path is None else Path(path)
+        if isinstance(path, str) and _FILE_NAME.fullmatch(path) and not folder.exists():
+            embedded = EMBEDDED.parent / path
+            folder = embedded if (embedded / "manifest.json").is_file() else folder
         try:
             content = regular(folder / "manifest.json", MAX_MANIFEST)
         except OSError as error:

@@ -129,6 +129,7 @@ def _write_files(
     tokenizer.save(folder / "tokenizer.json")
     tables = build_tables(
         config.prediction,
+        config.few_steps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         beta_schedule=config.schedule,
