@@ -1,7 +1,6 @@
 """What this machine can run, and why not: engines, processor, file formats, the bundle."""
 
 import platform
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,10 @@ from typing import Any
 from heartbeat_fast import __version__
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.engines.base import engine_class, names
-from heartbeat_fast.engines.onnxruntime_engine import threads
+from heartbeat_fast.engines.machine import processor, threads
 from heartbeat_fast.errors import BundleError
 from heartbeat_fast.inputs import sources
 
-# What an engine can gain from: half precision and integer dot products.
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-ARM_FLAGS = ("asimddp", "bf16", "i8mm", "sve")
 FORMATS = {"cv2": "media", "av": "media", "nibabel": "formats", "pydicom": "dicom"}
 
 
@@ -31,7 +27,7 @@ def examine(bundle: str | Path | None = None) -> dict[str, Any]:
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": threads(),
         "engines": engines,
         "formats": {
@@ -83,23 +79,4 @@ def _bundle(path: str | Path | None) -> dict[str, Any]:
         "name": manifest.name,
         "fingerprints": manifest.fingerprints,
         "parity": manifest.parity,
-    }
-
-
-def _processor() -> dict[str, Any]:
-    """Name and the flags above; Linux tells both, elsewhere the name alone."""
-    facts: dict[str, str] = {}
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    flags = set(facts.get("flags", facts.get("Features", "")).split())
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    arm = ARM_FLAGS if platform.machine() in ("aarch64", "arm64") else ()
-    return {
-        "name": name,
-        "machine": platform.machine(),
-        "flags": [flag for flag in (*FLAGS, *arm) if flag in flags],
-        "bits": 64 if sys.maxsize > 2**32 else 32,
     }

@@ -1,28 +1,32 @@
 """What an engine is, which there are, and how one is chosen."""
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.bundle import Bundle, GraphSpec
 from heartbeat_fast.errors import EngineError
+from heartbeat_fast.sampler import SamplerTable
 
 Arrays = dict[str, NDArray[Any]]
 
-# Where each engine lives; `auto` takes the first that can run here.
+# Where each engine lives. What `auto` tries, and in which order, is in auto.py.
 HOMES = {
+    "openvino": "heartbeat_fast.engines.openvino_engine:OpenVinoEngine",
     "onnxruntime": "heartbeat_fast.engines.onnxruntime_engine:OnnxRuntimeEngine",
     "torch": "heartbeat_fast.engines.torch_engine:TorchEngine",
 }
-AUTO = ("onnxruntime",)
 
 
 class Engine(Protocol):
-    """Runs the graphs of one bundle on one device."""
+    """Runs the graphs of one bundle on one device.
+
+    Inputs may be bound without a copy: who changes an array in place while `run` is under way
+    changes the result. What `run` returns is the caller's.
+    """
 
     name: str
     precision: str
@@ -33,13 +37,19 @@ class Engine(Protocol):
         """Whether this engine can run here, and why not, or its version and devices."""
         ...
 
+    @staticmethod
+    def precisions() -> tuple[str, ...]:
+        """What can follow the colon as a precision here, the default first; () if unavailable."""
+        ...
+
     @classmethod
     def open(cls, bundle: Bundle, device: str, source: str) -> "Engine":
         """Binds the engine to a bundle.
 
         Args:
             device: "cpu", "cuda", …; each engine says which it knows.
-            source: what follows the colon in "torch:FOLDER"; "" for engines that need nothing.
+            source: what follows the first colon: a precision ("openvino:bf16"), a model folder
+                ("torch:FOLDER"); "" for the engine's default.
 
         Raises:
             EngineError: the device or source is not usable here.
@@ -51,6 +61,42 @@ class Engine(Protocol):
 
         Raises:
             EngineError: an input does not fit the signature.
+        """
+        ...
+
+
+@runtime_checkable
+class Resident(Protocol):
+    """An engine that can leave a graph's outputs on its device, for later graphs to take."""
+
+    def keep(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As Engine.run, but the outputs stay on the device; `run` and `keep` take them as inputs.
+
+        They have `shape` and `dtype` as arrays have.
+        """
+        ...
+
+
+@runtime_checkable
+class Looping(Protocol):
+    """An engine that runs a whole sampler table on its device."""
+
+    def loop(
+        self,
+        table: SamplerTable,
+        times: list[Any],
+        conditions: list[Mapping[str, Any]],
+        guidance: float,
+        noise: NDArray[Any],
+        progress: Callable[[int], None] | None = None,
+    ) -> NDArray[Any]:
+        """The latents that sampler.sample gives of `noise`.
+
+        Args:
+            times: temb of every step.  conditions: the denoise graph's other inputs (local, kv_…)
+                by name: of the conditions; with guidance other than 1 also of none.
+            guidance: null + w (conditioned − null).
+            progress: called after each step with how many are done.
         """
         ...
 
@@ -74,7 +120,7 @@ def engine_class(name: str) -> type[Engine]:
 
 
 def open_engine(choice: str, bundle: Bundle, device: str = "cpu") -> Engine:
-    """Opens an engine by name, "name:source", or the best one here by "auto".
+    """Opens an engine by name, "name:source", or by "auto" the fastest that passed parity here.
 
     Where `auto` cannot have its first choice, a warning says why and what runs instead.
 
@@ -82,25 +128,18 @@ def open_engine(choice: str, bundle: Bundle, device: str = "cpu") -> Engine:
         EngineError: unknown, or cannot run here.
     """
     name, _, source = choice.partition(":")
-    if name != "auto":
-        kind = engine_class(name)
-        can, why = kind.available()
-        if not can:
-            raise EngineError(f"engine {name} cannot run here: {why}")
-        return kind.open(bundle, device, source)
-    reasons: list[str] = []
-    for candidate in AUTO:
-        kind = engine_class(candidate)
-        can, why = kind.available()
-        if can:
-            if reasons:
-                warnings.warn(f"{'; '.join(reasons)}: using {candidate}", stacklevel=2)
-            return kind.open(bundle, device, "")
-        reasons.append(f"engine {candidate} cannot run here: {why}")
-    raise EngineError("; ".join(reasons))
+    if name == "auto":
+        from heartbeat_fast.engines.auto import open_fastest  # it opens engines by this function
+
+        return open_fastest(bundle, device)
+    kind = engine_class(name)
+    can, why = kind.available()
+    if not can:
+        raise EngineError(f"engine {name} cannot run here: {why}")
+    return kind.open(bundle, device, source)
 
 
-def check_inputs(name: str, graph: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
+def check_inputs(name: str, graph: GraphSpec, inputs: Mapping[str, Any]) -> None:
     """Compares inputs with a graph's signature before anything runs.
 
     Raises:

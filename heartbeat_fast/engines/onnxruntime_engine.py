@@ -1,6 +1,5 @@
 """ONNX Runtime: the engine that runs everywhere."""
 
-import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.engines.base import Arrays, check_inputs, signature
+from heartbeat_fast.engines.machine import threads
 from heartbeat_fast.errors import EngineError, MissingDependency, optional
 
 PROVIDERS = {
@@ -51,6 +51,11 @@ class OnnxRuntimeEngine:
             f"{ort.__version__}: {', '.join(n for n, of in PROVIDERS.items() if of in here)}",
         )
 
+    @staticmethod
+    def precisions() -> tuple[str, ...]:
+        """fp32: what half precision a bundle holds is in its graphs."""
+        return ("fp32",)
+
     @classmethod
     def open(cls, bundle: Bundle, device: str = "cpu", source: str = "") -> "OnnxRuntimeEngine":
         """Binds to a bundle; no graph is loaded yet.
@@ -90,12 +95,3 @@ class OnnxRuntimeEngine:
         if (got := session.get_providers()[0]) != self._providers[0]:
             warnings.warn(f"graph {graph}: runs on {got}, not {self._providers[0]}", stacklevel=4)
         return session
-
-
-def threads() -> int:
-    """OMP_NUM_THREADS where set, else the processors this process may use."""
-    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted) > 0:
-        return int(wanted)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

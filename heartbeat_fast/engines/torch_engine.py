@@ -57,6 +57,11 @@ class TorchEngine:
             return False, str(error)
         return True, f"{torch.__version__}: cpu{', cuda' if torch.cuda.is_available() else ''}"
 
+    @staticmethod
+    def precisions() -> tuple[str, ...]:
+        """fp32, as the reference."""
+        return ("fp32",)
+
     @classmethod
     def open(cls, bundle: Bundle, device: str = "cpu", source: str = "") -> "TorchEngine":
         """Loads the model folder `source`.
