@@ -76,7 +76,7 @@ PLANS = {
         pairs=0,
         clips=6,
         codec=Recipe(steps=1500, batch=8, lr=1e-3, warmup=50, ema=0.995),
-        texture=Recipe(steps=2000, batch=8, lr=1e-3, warmup=50, ema=0.995),
+        texture=Recipe(steps=1000, batch=8, lr=1e-3, warmup=50, ema=0.99),
         stage1=Recipe(steps=1200, batch=32, lr=7e-4, warmup=100, ema=0.998),
         stage2=Recipe(steps=450, batch=3, lr=5e-4, warmup=50, ema=0.99),
         student=Recipe(steps=1000, batch=3, lr=3e-4, warmup=50, ema=0.99),

@@ -35,7 +35,8 @@ WARM = 150  # steps before the discriminator is believed
 BANDS, LOWEST, HIGHEST, WAYS = 15, 0.02, 0.7325, 4
 GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
 FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
-TISSUE = (0.2, 0.8)  # mean grey of patches whose mean power is asked for
+TISSUE = (0.25, 0.8)  # mean grey over SPECKLED pixels where mean power is asked for
+SPECKLED, RIM = 4.0, 3  # pixels
 GAIN = 8.0  # grain is a twentieth of the grey range; the critic is to see it first
 SLOW = 4.0  # a critic's weights start this large: normalised, they turn this much slower than ours
 
@@ -147,9 +148,9 @@ class AdversarialCodecStage:
         band = (drawn - wanted).abs().mean()
         grain = (noise - wanted)[..., FINE:].abs().mean()
         # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too,
-        # over tissue, since the brightest echoes would hide what it lacks.
-        share = _tissue(real, shift)
-        means = [((p * share).sum(1) + FLOOR).log() for p in (powers[0], powers[2])]
+        # over tissue alone: echoes of valves and edges of chambers hid that walls lacked 1–2 dB.
+        tissue = _tissue(real)
+        means = [(_mean_power(x, tissue, shift) + FLOOR).log() for x in (made, real)]
         whole = (means[0] - means[1]).abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
@@ -218,15 +219,36 @@ def _power(frames: Tensor, shift: tuple[int, ...]) -> Tensor:
     return power.flatten(-2) @ torch.from_numpy(_groups(power.shape[-2])).to(power)
 
 
-def _tissue(frames: Tensor, shift: tuple[int, ...]) -> Tensor:
-    """Weights (N, patches, 1) of the patches in which there is speckle to judge, as in
-    metrics.tissue: neither blood nor clipped. They sum to 1, or to 0 where there are none.
+def _tissue(frames: Tensor) -> Tensor:
+    """Where there is speckle to judge, soft-edged (N, 1, H, W): as metrics.tissue has it, neither
+    blood nor clipped and off the rim, but without labels.
+    """
+    mean = blur(frames, SPECKLED)
+    odd = ((mean <= TISSUE[0]) | (mean >= TISSUE[1])).to(frames)
+    return blur(1 - F.max_pool2d(odd, 2 * RIM + 1, 1, RIM), 1.5)
+
+
+def _mean_power(frames: Tensor, tissue: Tensor, shift: tuple[int, ...]) -> Tensor:
+    """Power in each group of frequencies (N, groups), averaged over patches that are half tissue,
+    windowed to their tissue; 0 where there are none.
     """
     side = min(PATCH, frames.shape[-1] // 2)
-    moved = frames[:, :, shift[0] % side :, shift[1] % side :]
-    grey = F.avg_pool2d(moved, side).flatten(1)
-    good = ((grey > TISSUE[0]) & (grey < TISSUE[1])).to(frames)
-    return (good / good.sum(1, keepdim=True).clamp(min=1))[..., None]
+    cut = [
+        x[:, 0, shift[0] % side :, shift[1] % side :]
+        .unfold(1, side, side)
+        .unfold(2, side, side)
+        .flatten(1, 2)
+        for x in (frames, tissue)
+    ]
+    hann = torch.hann_window(side, device=frames.device)
+    window = cut[1] * hann[:, None] * hann
+    norm = window.sum((-2, -1), keepdim=True).clamp(min=1e-3)
+    patches = (cut[0] - (cut[0] * window).sum((-2, -1), keepdim=True) / norm) * window
+    power = torch.fft.rfft2(patches).abs() ** 2
+    power = power * (hann**2).sum() ** 2 / (window**2).sum((-2, -1), keepdim=True).clamp(min=1e-3)
+    groups = power.flatten(-2) @ torch.from_numpy(_groups(side)).to(power)
+    good = (cut[1].mean((-2, -1)) >= 0.5).to(power)[..., None]
+    return (groups * good).sum(1) / good.sum(1).clamp(min=1)
 
 
 @cache
