@@ -14,20 +14,22 @@ PER_PIXEL = 2.0  # scatterers per pixel: at 1 every tenth pixel starves after 16
 def splat(
     x: NDArray[np.float32],
     y: NDArray[np.float32],
-    values: tuple[NDArray[np.float32], ...],
+    values: tuple[NDArray[np.float32] | None, ...],
     size: tuple[int, int],
 ) -> NDArray[np.float32]:
     """Bilinear sums of scatterers on a grid.
 
-    x, y: (S,) positions in pixels (x along columns); values: K arrays (S,); size: (H, W).
-    Returns (K, H, W) float32. Scatterers outside the grid are ignored.
+    x, y: (S,) positions in pixels (x along columns); values: K arrays (S,), None for ones; size:
+    (H, W). Returns (K, H, W) float32. Scatterers outside the grid are ignored.
     """
     height, width = size
     inside = (x >= 0) & (y >= 0) & (x < width - 1) & (y < height - 1)
     x, y = x[inside], y[inside]
-    col, row = x.astype(np.int32), y.astype(np.int32)
+    known = [None if value is None else value[inside] for value in values]
+    col, row = np.floor(x), np.floor(y)
     fx, fy = x - col, y - row
-    cell = row * width + col
+    # bincount's own type: with 32-bit cells each of its calls would copy them
+    cell = row.astype(np.intp) * width + col.astype(np.intp)
     out = np.zeros((len(values), height * width), np.float32)
     for offset, weight in (
         (0, (1 - fx) * (1 - fy)),
@@ -35,8 +37,10 @@ def splat(
         (width, (1 - fx) * fy),
         (width + 1, fx * fy),
     ):
-        for k, value in enumerate(values):
-            out[k] += np.bincount(cell + offset, weight * value[inside], height * width)
+        corner = cell + offset
+        for k, value in enumerate(known):
+            mass = weight if value is None else weight * value
+            out[k] += np.bincount(corner, mass, height * width)
     return out.reshape(len(values), height, width)
 
 
@@ -52,12 +56,16 @@ def whiten(sums: NDArray[np.float32], energy: NDArray[np.float32]) -> NDArray[np
 def energy_of(
     x: NDArray[np.float32], y: NDArray[np.float32], size: tuple[int, int]
 ) -> NDArray[np.float32]:
+    """Expected variance (H, W) of `splat` for unit amplitudes at these positions."""
+    return expected(splat(x, y, (None,), size)[0])
+
+
+def expected(count: NDArray[np.float32]) -> NDArray[np.float32]:
     """Expected variance (H, W) of `splat` for unit amplitudes: local density × 4/9.
 
     The sum of squared bilinear weights of one scatterer averages (2/3)² = 4/9; the density is a 5×5
     mean of the splatted count, so that the noise's own fluctuation is kept, only its trend removed.
     """
-    count = splat(x, y, (np.ones_like(x),), size)[0]
     return box5(count) * np.float32(4 / 9)
 
 
@@ -87,7 +95,8 @@ def texture(
     )
     out = np.empty((frames, 2, size, size), np.float32)
     for t in range(frames):
-        out[t] = whiten(splat(x, y, amplitudes, (size, size)), energy_of(x, y, (size, size)))
+        sums = splat(x, y, (*amplitudes, None), (size, size))
+        out[t] = whiten(sums[:2], expected(sums[2]))
         if flow is None:
             out[1:] = out[0]
             break
