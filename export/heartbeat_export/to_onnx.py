@@ -16,19 +16,16 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from heartbeat_export import weight_map, weight_sources
+from heartbeat_export.errors import ExportError as ExportError
 from heartbeat_fast.bundle import DTYPES, TensorSpec
-from heartbeat_fast.errors import HeartBeatError
 from heartbeat_fast.models.graphs import HALF_FROM, Graph, Tensors
 
 OPSET = 21
 
 
-class ExportError(HeartBeatError):
-    """A graph could not be written, or does not match torch."""
-
-
 def to_onnx(graph: Graph, inputs: Tensors) -> onnx.ModelProto:
-    """A graph as a checked ONNX model with its weights inside.
+    """A graph as a checked ONNX model with its weights inside, each with its source noted.
 
     Args:
         inputs: example tensors by name; their shapes become the graph's.
@@ -45,22 +42,57 @@ def to_onnx(graph: Graph, inputs: Tensors) -> onnx.ModelProto:
                 output_names=list(graph.outputs),
                 opset_version=OPSET,
                 dynamo=True,
+                optimize=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(graph.module).__name__}: {error}") from error
-    assert program is not None
+        assert program is not None
+        state = graph.module.model.state_dict()
+        sources = weight_sources.detach(program.model, state)
+        program.optimize()
     model: onnx.ModelProto = program.model_proto
+    _tidy(model)
+    sources = weight_sources.fold(model.graph, sources)
     _restore_inputs(model, graph, inputs)
     weights_to_half(model)
+    _attach(model, graph, sources, state)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _tidy(model: onnx.ModelProto) -> None:
+    """Removes torch's stack traces: half the file, and this machine's paths."""
     del model.metadata_props[:]
-    for node in model.graph.node:  # torch's stack traces: half the file, and this machine's paths
+    for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
     del model.graph.metadata_props[:]
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
-    onnx.checker.check_model(model)
-    return model
+
+
+def _attach(
+    model: onnx.ModelProto, graph: Graph, sources: dict[str, weight_sources.Source], state: Tensors
+) -> None:
+    """The weights come back: large ones in half, with a Cast to float32 that engines fold."""
+    parameters = dict(graph.module.model.named_parameters())
+    casts = []
+    for name, source in sources.items():
+        source = weight_sources.rounded(source, parameters)
+        tensor = model.graph.initializer.add(name=name)
+        dtype = "float32"
+        if source.rounded and np.prod(source.shape) >= HALF_FROM:
+            dtype, tensor.name = "float16", f"{name}.half"
+            casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}.cast", to=1))
+        weight_map.fill(tensor, source, dtype, state[source.key])
+    _prepend(model.graph, casts)
+
+
+def _prepend(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Nodes before all others."""
+    nodes = [*nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def weights_to_half(model: onnx.ModelProto) -> None:
@@ -81,9 +113,7 @@ def weights_to_half(model: onnx.ModelProto) -> None:
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
         casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}.cast", to=1))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    _prepend(model.graph, casts)
 
 
 def signature(values: list[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -24,12 +24,12 @@ HALF_FROM = 1024  # elements: from here weights are stored in half; norms and bi
 class Graph:
     """One graph: a module of positional tensors, and the names of what goes in and comes out."""
 
-    module: nn.Module
+    module: "Part"
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
-class _Part(nn.Module):
+class Part(nn.Module):
     """A method of the model as a module of its own, which is what torch.export takes."""
 
     def __init__(self, model: HeartBeat, call: Callable[..., Any]) -> None:
@@ -54,7 +54,7 @@ def build_graphs(model: HeartBeat) -> dict[str, Graph]:
     kv = model.denoiser.kv_names
 
     def graph(call: Callable[..., Any], inputs: str, *outputs: str) -> Graph:
-        return Graph(_Part(model, call), tuple(inputs.split()), outputs)
+        return Graph(Part(model, call), tuple(inputs.split()), outputs)
 
     return {
         "text": graph(HeartBeat.text_context, "tokens ef present", "text_context"),
