@@ -144,6 +144,10 @@ class Bundle:
                 f"bundle {self.path}: {spec.file} is missing or unreadable "
                 f"({error.strerror}): {again}"
             ) from error
+        except MemoryError as error:
+            raise BundleError(
+                f"bundle {self.path}: {spec.file} has {spec.bytes} bytes, more than fit in memory"
+            ) from error
         if (size := len(content)) != spec.bytes:
             state = "truncated" if size < spec.bytes else "altered"
             raise BundleError(

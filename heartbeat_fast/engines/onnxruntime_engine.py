@@ -69,7 +69,7 @@ class OnnxRuntimeEngine:
         """Runs one graph.
 
         Raises:
-            EngineError: no such graph, or an input that does not fit it.
+            EngineError: no such graph, an input that does not fit it, or a graph that fails.
             BundleError: the graph's file is not what the manifest says.
         """
         spec = signature(graph, self._bundle)
@@ -77,7 +77,13 @@ class OnnxRuntimeEngine:
         if graph not in self._sessions:
             self._sessions[graph] = self._session(graph)
         outputs = [tensor.name for tensor in spec.outputs]
-        values = self._sessions[graph].run(outputs, dict(inputs))
+        try:
+            values = self._sessions[graph].run(outputs, dict(inputs))
+        except (
+            Exception
+        ) as error:  # a graph may load and still not run: ids out of range, no memory
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"graph {graph}: onnxruntime cannot run it: {reason}") from error
         return dict(zip(outputs, values, strict=True))
 
     def _session(self, graph: str) -> Any:
