@@ -6,7 +6,7 @@ Legend: F frames, C channels, h w latents, N tokens, S steps.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from heartbeat_fast.clip import Clip
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.engines.base import Arrays, Engine, open_engine
 from heartbeat_fast.errors import ConditionError, EngineError
+from heartbeat_fast.reload import Follow
 from heartbeat_fast.sampler import SamplerTable, choose, sample
 from heartbeat_fast.speckle import texture
 from heartbeat_fast.text import Tokenizer
@@ -63,15 +64,20 @@ class Stopwatch:
 class Generator:
     """A warm generator: graphs stay loaded, time embeddings and the null context are kept.
 
-    Nothing kept depends on a clip's conditions, so calls never see each other.
+    Nothing kept depends on a clip's conditions, so calls never see each other. One that `open` made
+    takes up new weights in its bundle's folder between two clips (reload.py).
     """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self.bundle, self.engine = bundle, engine
-        self._samplers = bundle.samplers()
-        tokenizer = bundle.manifest.files["tokenizer"]
-        bundle.read(tokenizer)  # verifies it
-        self._tokenizer = Tokenizer.open(bundle.path / tokenizer.file)
+        self._follow = Follow(bundle, None)
+        self._take(bundle, engine)
+
+    def _take(self, bundle: Bundle, engine: Engine) -> None:
+        file = bundle.manifest.files["tokenizer"]
+        bundle.read(file)  # verifies it
+        tokenizer, samplers = Tokenizer.open(bundle.path / file.file), bundle.samplers()
+        self.bundle, self.engine = bundle, engine  # nothing above this line was changed on an error
+        self._tokenizer, self._samplers = tokenizer, samplers
         self._times: dict[tuple[str, int], list[Float]] = {}
         self._null: Encoded | None = None
 
@@ -86,7 +92,19 @@ class Generator:
             EngineError: the engine is unknown or cannot run here.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, open_engine(engine, opened, device))
+        generator = cls(opened, open_engine(engine, opened, device))
+        if engine.partition(":")[0] != "torch":  # that runs a model folder, not the bundle's graphs
+
+            def opener(newer: Bundle) -> Engine:
+                return open_engine(engine, newer, device)
+
+            generator._follow = Follow(opened, opener, STAGES[:-1])
+        return generator
+
+    def turn(self) -> AbstractContextManager[None]:
+        """One clip, for who calls encode, denoise and decode: newer weights come in as it begins,
+        and in no thread before it ends. A call of the generator is a turn by itself."""
+        return self._follow.clip(self._take)
 
     def __call__(
         self,
@@ -121,34 +139,40 @@ class Generator:
             SamplerError: the bundle has no such sampler or step count.
             EngineError: guidance, seed or temperature out of range, or no numbers came out.
         """
-        table = choose(self._samplers, sampler, steps)
         if not (np.isfinite(guidance) and guidance >= 0 and 0 <= seed < 2**63):
             raise EngineError(f"guidance {guidance}, seed {seed} came; wanted both 0 or more")
         if not 0 <= temperature <= 2:
             raise EngineError(f"temperature {temperature} came; wanted 0 to 2")
         watch = Stopwatch()
-        encoded = self.encode(conditions, watch)
-        z = self.denoise(encoded, table, guidance, seed, watch, progress, temperature)
-        frames = self.decode(z, conditions.flow, seed, watch)
-        manifest = self.bundle.manifest
-        provenance: dict[str, Any] = {
+        with self.turn():
+            table = choose(self._samplers, sampler, steps)
+            encoded = self.encode(conditions, watch)
+            z = self.denoise(encoded, table, guidance, seed, watch, progress, temperature)
+            frames = self.decode(z, conditions.flow, seed, watch)
+            provenance = self._provenance(conditions, watch)
+        provenance |= {
+            "sampler": table.name,
+            "steps": table.steps,
+            "guidance": guidance,
+            "seed": seed,
+            "temperature": temperature,
+        }
+        return Clip(frames, spacing_mm, fps, provenance, conditions)
+
+    def _provenance(self, conditions: Conditions, watch: Stopwatch) -> dict[str, Any]:
+        """What a clip says of the model, the machine and the conditions."""
+        return {
             "version": __version__,
-            "bundle": manifest.name,
-            "weights": manifest.fingerprints.get("weights", ""),
+            "bundle": self.bundle.manifest.name,
+            "weights": self.bundle.manifest.fingerprints.get("weights", ""),
             "engine": self.engine.name,
             "precision": self.engine.precision,
             "device": self.engine.device,
             "conditions": list(conditions.present),
             "text": conditions.text,
             "ef": conditions.ef,
-            "sampler": table.name,
-            "steps": table.steps,
-            "guidance": guidance,
-            "seed": seed,
-            "temperature": temperature,
             "timings_ms": {stage: round(watch.ms.get(stage, 0.0), 3) for stage in STAGES},
         }
-        return Clip(frames, spacing_mm, fps, provenance, conditions)
 
     def encode(self, conditions: Conditions, watch: Stopwatch | None = None) -> Encoded:
         """Everything the loop needs of the conditions. Encoders of absent ones do not run.

@@ -1,9 +1,10 @@
-"""What a bundle is, in two hashes: its architecture without weights, its weights without files or
-dates. After retraining they decide between swap, refit and full build.
+"""What a bundle is, in hashes: its architecture without weights, its weights without files or
+dates, and what decides the bytes of an engine built of it.
 """
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+
+from heartbeat_fast.bundle import Manifest
+from heartbeat_fast.engines.base import Engine
 
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
 
@@ -54,6 +58,29 @@ def merkle_root(hashes: list[str]) -> str:
 def weights(tensors: Mapping[str, NDArray[Any]]) -> str:
     """Merkle root over the tensors by name, e.g. of a state dict."""
     return merkle_root(list(leaves(tensors).values()))
+
+
+def build(manifest: Manifest, engine: Engine, driver: str = "") -> str:
+    """SHA-256 of what decides the bytes of a compiled engine, but for its weights.
+
+    Args:
+        manifest: gives architecture, shapes, precision and opset.
+        engine: gives its name, precision, device, and by `available` its version.
+        driver: of the device, where there is one.
+    """
+    shapes = {
+        name: [[t.name, t.dtype, list(t.shape)] for t in (*graph.inputs, *graph.outputs)]
+        for name, graph in manifest.graphs.items()
+    }
+    facts = {
+        "arch": manifest.fingerprints.get("arch", ""),
+        "shapes": shapes,
+        "recipe": {key: getattr(manifest, key, None) for key in ("precision", "opset", "flavour")},
+        "engine": [engine.name, engine.precision, engine.available()[1]],
+        "device": [engine.device, platform.machine(), driver],
+    }
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _normalised(model: onnx.ModelProto) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""`heartbeat-export rebuild`: new weights into a bundle, by the cheapest road that is right."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from heartbeat_export.rebuild import Report
+
+HELP = "bring a bundle to new weights"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model folder")
+    parser.add_argument("--bundle", type=Path, required=True, metavar="BUNDLE_DIR")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and why")
+    parser.add_argument("--explain", action="store_true", help="name every tensor that changed")
+    parser.add_argument("--json", action="store_true", help="the whole report, for programs")
+    parser.add_argument("--no-wait", action="store_true", help="refuse where one is under way")
+    parser.add_argument("--revision", default="", help="of the source (default: ask git)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Decides between swap, rebuild and full export, says why, compares with torch, switches."""
+    from heartbeat_export.commands.write_onnx import source_revision
+    from heartbeat_export.rebuild import rebuild
+
+    report = rebuild(
+        options.bundle,
+        options.checkpoint,
+        dry_run=options.dry_run,
+        wait=not options.no_wait,
+        revision=options.revision or source_revision(),
+        say=lambda line: None if options.json else print(line, file=sys.stderr),
+    )
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        _print(report, options.explain)
+    return 0
+
+
+def _print(report: "Report", explain: bool) -> None:
+    if report.dry_run:
+        print("\n".join(report.reasons))
+    for graph, tensors in report.changed.items() if explain else ():
+        print(f"{graph}: {', '.join(tensors)}")
+    done = "would be" if report.dry_run else "done"
+    stages = ", ".join(f"{name} {s:.2f}" for name, s in report.seconds.items() if name != "all")
+    line = f"{report.bundle}: {report.road} {done} in {report.seconds['all']:.2f} s ({stages})"
+    if report.parity and not report.dry_run:
+        worst = max(report.parity["relative_l2"].values())
+        line += f"; from torch {worst:.1e}, clip {report.parity['clip_psnr_db']} dB"
+    print(line)

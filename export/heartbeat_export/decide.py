@@ -1,0 +1,286 @@
+"""What a new checkpoint costs a bundle: nothing, a few files, new weights, new graphs, or it all.
+
+Decided from what is really there, never from names or dates: new weights are put into the bundle's
+graphs through its weights map, and what differs in bytes has changed. What the map cannot see
+(heads of an attention, another schedule) is compared by the model's configuration, and behind all
+of it stands the parity gate against torch (quick_gate.py).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from heartbeat_export import weight_map
+from heartbeat_export.build import load_folder
+from heartbeat_export.errors import ExportError
+from heartbeat_export.sampler_tables import build_tables, few_step_table, probe, scheduler
+from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.models.config import HeartBeatConfig, to_dict
+from heartbeat_fast.models.heartbeat import HeartBeat
+from heartbeat_fast.sampler import SamplerTable, dump_tables
+from heartbeat_fast.text import Tokenizer
+
+# Of the configuration: what a graph does not know. All else is architecture.
+NOT_IN_GRAPHS = ("name", "pretrained", "shared_noise", "shared_start", "prediction")
+SCHEDULE = ("beta_start", "beta_end", "schedule", "steps", "few_steps")
+PROBE = ("ddim", 4)
+SHOWN = 6  # names in a reason; all of them are in Decision.changed
+
+
+class Road(StrEnum):
+    """From nothing to everything, in order of cost."""
+
+    NOTHING = "nothing"  # the bundle is this checkpoint's already
+    FILES = "files"  # tables, tokenizer, card or manifest alone
+    SWAP = "swap"  # new weights into the graphs that are there
+    REBUILD = "rebuild"  # some graphs are traced anew: constants were computed from weights
+    FULL = "full"  # an export of everything
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, read."""
+
+    model: HeartBeat
+    tokenizer: Tokenizer
+    provenance: dict[str, Any]
+    card: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Reads a model folder.
+
+        Raises:
+            HeartBeatError: it is no HeartBeat model, or lacks a tokenizer.
+        """
+        return cls(*load_folder(folder))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a bundle was asked to be, beside its model; None: as it is."""
+
+    precision: str | None = None
+    opset: int | None = None
+
+
+@dataclass
+class Decision:
+    """A road and why.
+
+    Args:
+        reasons: one sentence each.
+        changed: tensors that differ, by graph; initializers' names where no tensor is known.
+        graphs: on the roads swap and rebuild, the graphs with their new weights.
+        files: new contents by the manifest's key.
+    """
+
+    road: Road = Road.NOTHING
+    reasons: list[str] = field(default_factory=list)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    retrace: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def take(self, road: Road, reason: str) -> None:
+        """Adds a reason; the dearest road that any reason asks for is the one taken."""
+        order = list(Road)
+        self.road = max(self.road, road, key=order.index)
+        self.reasons.append(reason)
+
+
+def decide(bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe | None = None) -> Decision:
+    """Compares a bundle with a checkpoint. Nothing is written."""
+    decision = Decision()
+    try:
+        bundle.verify()
+    except HeartBeatError as error:
+        decision.take(Road.FULL, f"the bundle is not whole: {error}")
+        return decision
+    _compare_architecture(bundle, checkpoint.model, decision)
+    _compare_recipe(bundle, recipe or Recipe(), decision)
+    if decision.road is not Road.FULL:
+        _compare_weights(bundle, checkpoint.model, decision)
+    if decision.road is not Road.FULL:
+        _compare_files(bundle, checkpoint, decision)
+    if decision.road is Road.NOTHING:
+        decision.reasons.append("weights, tables, tokenizer, card and provenance are the bundle's")
+    return decision
+
+
+def config_bytes(model: HeartBeat) -> bytes:
+    """config.json of a bundle: the model's configuration."""
+    return json.dumps(to_dict(model.config), indent=1, sort_keys=True).encode()
+
+
+def _compare_architecture(bundle: Bundle, model: HeartBeat, decision: Decision) -> None:
+    """The configuration, where the bundle carries it; else what the manifest says of it."""
+    manifest, config = bundle.manifest, model.config
+    came, was = json.loads(config_bytes(model)), None
+    if "config" in manifest.files:
+        was = json.loads(bundle.read(manifest.files["config"]))
+    else:
+        latent = [config.denoiser.latent_channels, config.latent, config.latent]
+        came = {"preset": config.name, "frames": config.frames, "size": config.size}
+        came["latent"] = latent
+        was = {k: getattr(manifest, k) for k in came} | {"latent": list(manifest.latent)}
+    for name in sorted(_flat(came).items() ^ _flat(was).items()):
+        key = name[0]
+        if key.split(".")[0] in (*NOT_IN_GRAPHS, *SCHEDULE) or key in decision.changed:
+            continue
+        decision.changed[key] = []
+        old, new = _flat(was).get(key, "nothing"), _flat(came).get(key, "nothing")
+        decision.take(Road.FULL, f"architecture: {key} was {old}, is {new}")
+    decision.changed.clear()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested configuration as {"denoiser.heads": "[2, 4]"}."""
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = json.dumps(value)
+    return out
+
+
+def _compare_recipe(bundle: Bundle, recipe: Recipe, decision: Decision) -> None:
+    """Precision and opset are in the graphs: other ones mean other graphs."""
+    for name, wanted in vars(recipe).items():
+        has = getattr(bundle.manifest, name, None)
+        if wanted is not None and wanted != has:
+            decision.take(Road.FULL, f"{name}: the bundle's is {has}, wanted {wanted}")
+
+
+def _compare_weights(bundle: Bundle, model: HeartBeat, decision: Decision) -> None:
+    """Puts the new weights into the bundle's graphs, and sees what that changes."""
+    manifest, state = bundle.manifest, model.state_dict()
+    if "weights_map" not in manifest.files:
+        decision.take(Road.FULL, "the bundle has no weights map: an older release exported it")
+        return
+    content = json.loads(bundle.read(manifest.files["weights_map"]))
+    if content.get("schema_version") != weight_map.SCHEMA_VERSION:
+        decision.take(Road.FULL, "the weights map is of another release's schema")
+        return
+    mapped = {e["tensor"] for entries in content["graphs"].values() for e in entries.values()}
+    loose = [k for k, t in state.items() if t.is_floating_point() and k not in mapped]
+    for name, spec in manifest.graphs.items():
+        proto = onnx.load_from_string(bundle.read(spec))
+        entries = content["graphs"].get(name, {})
+        before = {t.name: t.raw_data for t in proto.graph.initializer}
+        try:
+            weight_map.apply(proto, entries, state)
+        except ExportError as error:
+            decision.take(Road.FULL, f"graph {name}: {error}")
+            return
+        after = {t.name: t.raw_data for t in proto.graph.initializer}
+        if changed := [key for key in after if after[key] != before[key]]:
+            decision.graphs[name] = proto
+            tensors = list(dict.fromkeys(entries[key]["tensor"] for key in changed))
+            decision.changed[name] = tensors
+            decision.take(Road.SWAP, f"graph {name}: new weights in {_listed(tensors)}")
+        if computed := _computed(proto, entries, bool(loose)):
+            decision.retrace.append(name)
+            why = f"{_listed(loose or computed)} cannot be put in by name"
+            decision.take(Road.REBUILD, f"graph {name}: {why}, so it is traced anew")
+    if not decision.graphs and decision.retrace and _same_weights(bundle, model):
+        decision.retrace.clear()
+        decision.reasons.clear()
+        decision.road = Road.NOTHING
+
+
+def _computed(proto: onnx.ModelProto, entries: Mapping[str, Any], loose: bool) -> list[str]:
+    """Constants of a graph that were computed from weights: scales of quantised ones, and, where
+    some of the model's tensors are in no graph (loose), every float constant."""
+    scales = {
+        name
+        for node in proto.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for name in node.input
+    }
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return [
+        t.name
+        for t in proto.graph.initializer
+        if t.name not in entries and (t.name in scales or (loose and t.data_type in floats))
+    ]
+
+
+def _same_weights(bundle: Bundle, model: HeartBeat) -> bool:
+    from heartbeat_export.build import weights_of
+    from heartbeat_fast.models.graphs import round_to_half
+
+    return weights_of(round_to_half(model)) == bundle.manifest.fingerprints.get("weights")
+
+
+def _compare_files(bundle: Bundle, checkpoint: Checkpoint, decision: Decision) -> None:
+    """Tables, tokenizer, card and what the manifest says of the model."""
+    config, manifest = checkpoint.model.config, bundle.manifest
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tokenizer.json"
+        checkpoint.tokenizer.save(path)
+        wanted = {"tokenizer": path.read_bytes()}
+    if not _same_schedule(bundle, config):
+        wanted["samplers"] = dump_tables(_tables(config)).encode()
+    if checkpoint.card:
+        wanted["card"] = checkpoint.card.encode()
+    if "config" in manifest.files:
+        wanted["config"] = config_bytes(checkpoint.model)
+    for key, content in wanted.items():
+        if key not in manifest.files or bundle.read(manifest.files[key]) != content:
+            decision.files[key] = content
+            decision.take(Road.FILES, f"{key}: differs from the bundle's")
+    for key in ("prediction", "shared_start"):
+        was, now = getattr(manifest, key), getattr(config, key)
+        if was != now:
+            decision.take(Road.FILES, f"{key}: was {was}, is {now}")
+    if checkpoint.provenance != manifest.provenance:
+        decision.take(Road.FILES, "provenance: differs from the bundle's")
+
+
+def _schedule(config: HeartBeatConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of build_tables."""
+    return (config.prediction, config.few_steps), {
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": config.schedule,
+        "num_train_timesteps": config.steps,
+    }
+
+
+def _tables(config: HeartBeatConfig) -> list[SamplerTable]:
+    arguments, schedule = _schedule(config)
+    return build_tables(*arguments, **schedule)
+
+
+def _same_schedule(bundle: Bundle, config: HeartBeatConfig) -> bool:
+    """One table tells: all of them (a second to make) come of the same schedule."""
+    (prediction, few_steps), schedule = _schedule(config)
+    if few_steps:
+        wanted = [few_step_table(steps, prediction, **schedule) for steps in few_steps]
+    else:
+        wanted = [probe(PROBE[0], scheduler(PROBE[0], prediction, **schedule), PROBE[1])]
+    tables = bundle.samplers()
+    here = [tables.get((table.name, table.steps)) for table in wanted]
+    return all(
+        was is not None
+        and was.prediction == now.prediction
+        and was.timesteps == now.timesteps
+        and all(np.allclose(a, b) for a, b in zip(was.weights, now.weights, strict=True))
+        for was, now in zip(here, wanted, strict=True)
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,283 @@
+"""New weights into a bundle that is in use: decide, write beside, compare with torch, switch.
+
+The bundle's folder holds a whole version at every moment (store.py); what runs from it takes the
+new one up between two clips (heartbeat_fast/reload.py).
+"""
+
+import datetime
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from heartbeat_export import fingerprints, parity, quick_gate, store, weight_map
+from heartbeat_export.build import build_bundle, weights_of
+from heartbeat_export.decide import Checkpoint, Decision, Recipe, Road, decide
+from heartbeat_export.errors import ExportError
+from heartbeat_export.to_onnx import to_onnx
+from heartbeat_fast.bundle import Bundle, FileSpec, Manifest
+from heartbeat_fast.engines.base import open_engine
+from heartbeat_fast.engines.torch_engine import TorchEngine
+from heartbeat_fast.models.graphs import build_graphs, example_inputs, round_to_half
+
+Say = Callable[[str], None]
+NAMES = {"samplers": "samplers.json", "tokenizer": "tokenizer.json", "card": "README.md"}
+ENGINE = "onnxruntime"
+
+
+@dataclass
+class Report:
+    """What a rebuild did, or with dry_run would do.
+
+    Args:
+        road, reasons, changed: see decide.Decision.
+        before, after: fingerprints of the weights.  build: of the result on the gate's engine.
+        parity: relative L2 of the graphs that changed, and the clip in dB.
+        written: bytes of new files.  seconds: by stage; all of it under "all".
+    """
+
+    bundle: str
+    road: str = Road.NOTHING.value
+    reasons: list[str] = field(default_factory=list)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    before: str = ""
+    after: str = ""
+    build: str = ""
+    parity: dict[str, Any] = field(default_factory=dict)
+    written: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the wall-clock time of a block to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def rebuild(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    recipe: Recipe | None = None,
+    dry_run: bool = False,
+    wait: bool = True,
+    revision: str = "unknown",
+    say: Say = lambda line: None,
+) -> Report:
+    """Brings a bundle to a checkpoint by the cheapest road that is right.
+
+    Args:
+        folder: of the bundle.  checkpoint: a HeartBeat model folder.
+        recipe: precision or opset where they are to change.
+        dry_run: decide only; nothing is written, not even the lock.
+        wait: for another rebuild of the same bundle; else refuse.
+        revision: of the source, for the manifest.  say: called with one line a step.
+
+    Raises:
+        HeartBeatError: no bundle, no checkpoint, a busy or unwritable folder, or parity missed even
+            by a full export. The bundle is then as it was.
+    """
+    report = Report(str(folder), dry_run=dry_run)
+    with report.stage("all"):
+        Bundle.open(folder)  # before the checkpoint is read: a wrong path shows at once
+        with report.stage("load"):
+            opened = Checkpoint.open(checkpoint)
+        if dry_run:
+            _decide(Bundle.open(folder), opened, recipe, report)
+            return report
+        with ExitStack() as held:
+            with report.stage("lock"):
+                held.enter_context(store.locked(folder, wait))
+            bundle = Bundle.open(folder)
+            store.sweep(bundle)
+            decision = _decide(bundle, opened, recipe, report)
+            for reason in decision.reasons:
+                say(reason)
+            say(f"road: {decision.road}")
+            _Work(bundle, opened, recipe or Recipe(), revision, report, say).run(decision)
+    return report
+
+
+def _decide(
+    bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe | None, report: Report
+) -> Decision:
+    with report.stage("decide"):
+        decision = decide(bundle, checkpoint, recipe)
+    report.road, report.reasons, report.changed = (
+        decision.road.value,
+        decision.reasons,
+        decision.changed,
+    )
+    report.before = report.after = bundle.manifest.fingerprints.get("weights", "")
+    return decision
+
+
+@dataclass
+class _Work:
+    """One rebuild under the lock."""
+
+    bundle: Bundle
+    checkpoint: Checkpoint
+    recipe: Recipe
+    revision: str
+    report: Report
+    say: Say
+
+    def run(self, decision: Decision) -> None:
+        """Takes the decision's road; a gate that fails leads to a full export."""
+        if decision.road is Road.NOTHING:
+            return
+        if decision.road is not Road.FULL:
+            try:
+                manifest = self._patched(decision)
+            except ExportError as error:
+                if decision.road is Road.FILES:
+                    raise
+                decision.take(Road.FULL, f"{decision.road} is not enough: {error}")
+                self.report.road = decision.road.value
+                self.say(decision.reasons[-1])
+        if decision.road is Road.FULL:
+            manifest = self._full()
+        with self.report.stage("switch"):
+            after = store.commit(self.bundle, manifest)
+        self.report.after = manifest.fingerprints["weights"]
+        self.report.parity = manifest.parity
+        self.report.build = fingerprints.build(after.manifest, open_engine(ENGINE, after))
+        known = {spec.file for spec in store.specs(self.bundle.manifest)}
+        self.report.written = sum(
+            spec.bytes for spec in store.specs(manifest) if spec.file not in known
+        )
+
+    def _patched(self, decision: Decision) -> Manifest:
+        """The manifest of new weights and files, written beside the old and past the gate."""
+        old, model = self.bundle.manifest, self.checkpoint.model
+        graphs, files = dict(decision.graphs), dict(decision.files)
+        if self.checkpoint.tokenizer.vocab_size > model.config.text.vocab:
+            raise ExportError(
+                f"tokenizer: {self.checkpoint.tokenizer.vocab_size} ids came; the text encoder "
+                f"has {model.config.text.vocab}"
+            )
+        prints = dict(old.fingerprints)
+        if decision.retrace:
+            with self.report.stage("trace"):
+                protos = self._traced(decision)
+            graphs |= {name: protos[name] for name in decision.retrace}
+            files["weights_map"] = json.dumps(weight_map.build(protos, model)).encode()
+            prints["arch"] = fingerprints.arch(protos)
+        with self.report.stage("write"):
+            written = self._put(
+                {f"{name}.onnx": p.SerializeToString() for name, p in graphs.items()}
+            )
+            extra = self._put({NAMES.get(key, f"{key}.json"): c for key, c in files.items()})
+        with self.report.stage("fingerprint"):
+            prints["weights"] = weights_of(round_to_half(model))
+        entries = {
+            name: store.named(spec, written[f"{name}.onnx"]) if name in graphs else spec
+            for name, spec in old.graphs.items()
+        }
+        manifest = self._manifest(old, prints, entries, files, extra)
+        if graphs:
+            with self.report.stage("gate"):
+                manifest = replace(manifest, parity=self._gate(manifest, set(graphs)))
+        return manifest
+
+    def _manifest(
+        self,
+        old: Manifest,
+        prints: dict[str, str],
+        entries: dict[str, Any],
+        files: Mapping[str, bytes],
+        extra: dict[str, FileSpec],
+    ) -> Manifest:
+        config = self.checkpoint.model.config
+        return replace(
+            old,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            revision=self.revision,
+            prediction=config.prediction,
+            shared_start=config.shared_start,
+            graphs=entries,
+            files={**old.files, **{k: extra[NAMES.get(k, f"{k}.json")] for k in files}},
+            fingerprints=prints,
+            provenance=self.checkpoint.provenance,
+        )
+
+    def _put(self, contents: Mapping[str, bytes]) -> dict[str, FileSpec]:
+        known = store.kept(self.bundle)
+        return {
+            name: store.put(self.bundle.path, name, content, known)
+            for name, content in contents.items()
+        }
+
+    def _traced(self, decision: Decision) -> dict[str, onnx.ModelProto]:
+        """All graphs with the new weights; only those that must be are traced anew."""
+        model = round_to_half(self.checkpoint.model)
+        inputs, parts, protos = example_inputs(model), build_graphs(model), {}
+        for name, spec in self.bundle.manifest.graphs.items():
+            if name in decision.retrace:
+                self.say(f"graph {name}: traced anew")
+                protos[name] = to_onnx(parts[name], inputs[name])
+            else:
+                here = decision.graphs.get(name)
+                protos[name] = here or onnx.load_from_string(self.bundle.read(spec))
+        return protos
+
+    def _gate(self, manifest: Manifest, changed: set[str]) -> dict[str, Any]:
+        """The new parity record; raises ExportError where the gate fails."""
+        staged = Bundle(self.bundle.path, manifest)
+        reference = TorchEngine(self.checkpoint.model, staged)
+        found = quick_gate.measure(staged, open_engine(ENGINE, staged), reference, changed)
+        parity.gate(found.errors, found.decibels)
+        old = manifest.parity
+        errors = {name: float(f"{error:.3e}") for name, error in found.errors.items()}
+        return {
+            **old,
+            "engine": ENGINE,
+            "reference": f"torch {torch.__version__}",
+            "relative_l2": {**old.get("relative_l2", {}), **errors},
+            "clip_psnr_db": round(found.decibels, 2),
+        }
+
+    def _full(self) -> Manifest:
+        """An export of everything into the bundle's folder; build_bundle has the gate."""
+        old, folder = self.bundle.manifest, self.bundle.path
+        with (
+            self.report.stage("export"),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".full-", suffix=".tmp") as scratch,
+        ):
+            fresh = Path(scratch) / "bundle"
+            manifest = build_bundle(
+                self.checkpoint.model,
+                self.checkpoint.tokenizer,
+                fresh,
+                name=old.name,
+                revision=self.revision,
+                licence=old.licence,
+                provenance=self.checkpoint.provenance,
+                card=self.checkpoint.card,
+                say=self.say,
+            )
+            with self.report.stage("write"):
+                put = self._put(
+                    {s.file: (fresh / s.file).read_bytes() for s in store.specs(manifest)}
+                )
+        return replace(
+            manifest,
+            graphs={name: store.named(s, put[s.file]) for name, s in manifest.graphs.items()},
+            files={key: put[s.file] for key, s in manifest.files.items()},
+        )
