@@ -164,6 +164,7 @@ def _train_real_codec(
         recipe.batch,
         encoder=scratch and stage == "codec",
         generated=generated,
+        clip=1 if generated is None else model.config.frames,
     )
     train(real, recipe, run / stage, console, hardware)
     real.finish()

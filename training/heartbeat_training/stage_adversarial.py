@@ -37,6 +37,7 @@ GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
 FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
 TISSUE = (0.25, 0.8)  # mean grey over SPECKLED pixels where mean power is asked for
 SPECKLED, RIM = 4.0, 3  # pixels
+TOGETHER = 4  # frames of a clip that are drawn at once where frames come in clips
 GAIN = 8.0  # grain is a twentieth of the grey range; the critic is to see it first
 SLOW = 4.0  # a critic's weights start this large: normalised, they turn this much slower than ours
 
@@ -95,7 +96,10 @@ class AdversarialCodecStage:
         *,
         encoder: bool,
         generated: NDArray[np.float16] | None = None,
+        clip: int = 1,
     ) -> None:
+        """clip: so many frames in a row are of one clip; some of them are drawn together."""
+        self.clip, self.together = clip, min(TOGETHER, clip)
         self.name = "codec" if generated is None else "texture"
         self.generated = generated
         self.codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -112,8 +116,7 @@ class AdversarialCodecStage:
 
     def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
         """Frames, texture noise, what disturbs the latents, where patches begin, the step."""
-        few = len(self.frames) < self.batch
-        picked = np.sort(rng.choice(len(self.frames), self.batch, replace=few))[rows]
+        picked = self._pick(rng)[rows]
         side = self.frames.shape[-1] // 8
         jitter = torch.randn(self.batch, self.codec.mean.shape[1], side, side)
         shift = torch.from_numpy(rng.integers(PATCH, size=2)).expand(len(picked), 2)
@@ -150,8 +153,12 @@ class AdversarialCodecStage:
         # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too,
         # over tissue alone: echoes of valves and edges of chambers hid that walls lacked 1–2 dB.
         tissue = _tissue(real)
-        means = [(_mean_power(x, tissue, shift) + FLOOR).log() for x in (made, real)]
-        whole = (means[0] - means[1]).abs().mean()
+        # Several frames of a clip are averaged before the logarithm: of one frame's few patches a
+        # typical logarithm lies 1 dB under that of their mean.
+        means = [_mean_power(x, tissue, shift) for x in (made, real)]
+        if len(real) % self.together == 0:
+            means = [m.unflatten(0, (-1, self.together)).mean(1) for m in means]
+        whole = ((means[0] + FLOOR).log() - (means[1] + FLOOR).log()).abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
             F.relu(1 - self.critic(real).float()).mean()
@@ -181,6 +188,16 @@ class AdversarialCodecStage:
             scalars["hold"] = (mean**2).mean() + ((var - 1) ** 2).mean()
             loss = loss + HOLD * scalars["hold"]
         return {"loss": loss} | scalars
+
+    def _pick(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Rows of a batch: `together` of each of some clips."""
+        clips = len(self.frames) // self.clip
+        some = self.batch // self.together
+        first = np.sort(rng.choice(clips, some, replace=clips < some))
+        inside = [rng.choice(self.clip, self.together, replace=False) for _ in first]
+        return np.concatenate(
+            [self.clip * c + np.sort(k) for c, k in zip(first, inside, strict=True)]
+        )
 
     def _latents(self, batch: dict[str, Tensor]) -> Tensor:
         """Raw latents that the decoder gets: generated ones where there are any."""
