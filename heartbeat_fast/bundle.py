@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -32,6 +32,7 @@ EMBEDDED = Path(__file__).parent / "bundles" / "tiny"
 MAX_BYTES = 2**31 - 1  # a protobuf cannot be longer
 MAX_MANIFEST = 4 * 2**20
 DTYPES = signatures.DTYPES
+CHOICES = {"precision": ("fp32", "fp16", "bf16"), "flavour": ("standard", "plugin")}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Manifest:
         fingerprints: arch (graphs without weights), weights (Merkle root of the tensors).
         parity: relative L2 error per graph and clip PSNR in dB, against torch.
         provenance: data, training recipe, figures: whatever the model's folder says of itself.
+        precision: what the graphs compute in: fp32, fp16 or bf16.  opset: ONNX's.
+        flavour: "standard", or "plugin": with nodes of the domain hb, which need our plugins.
     """
 
     schema_version: int
@@ -92,6 +95,9 @@ class Manifest:
     fingerprints: dict[str, str]
     parity: dict[str, Any]
     provenance: dict[str, Any]
+    precision: str = "fp32"
+    flavour: str = "standard"
+    opset: int = 21
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -191,6 +197,9 @@ def _manifest(data: Any) -> Manifest:
         raise BundleError(f"files: {', '.join(lacking)} missing")
     if not 0 <= manifest.shared_start <= 1:
         raise BundleError(f"shared_start: {manifest.shared_start} came; wanted 0 to 1")
+    for name, choices in CHOICES.items():
+        if (came := getattr(manifest, name)) not in choices:
+            raise BundleError(f"{name}: {came!r} came; wanted {', '.join(choices)}")
     for spec in (*manifest.graphs.values(), *manifest.files.values()):
         if not _FILE_NAME.fullmatch(spec.file):
             raise BundleError(f"file name {spec.file!r} leaves the folder: refused")
@@ -219,7 +228,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, dict):
         hints, names = get_type_hints(kind), {f.name for f in fields(kind)}
-        if odd := sorted(names ^ value.keys()):
+        optional = {f.name for f in fields(kind) if f.default is not MISSING}
+        if odd := sorted((names ^ value.keys()) - (optional - value.keys())):
             state = "unknown" if odd[0] in value else "missing"
             raise BundleError(f"{where}.{odd[0]} is {state}")
         return kind(

@@ -1,8 +1,10 @@
-"""One graph to ONNX: torch.export, static shapes, weights in half inside the file.
+"""One graph to ONNX: torch.export, static shapes, precision and weights inside the file.
 
-Opset 21, not 23: 21 has GroupNormalization as one node and runs on every onnxruntime the package
-allows (≥ 1.20). 23 adds the Attention node, which gained nothing there (tiny's denoise on one core:
-167.4 ms with 21, 168.3 ms with 23, onnxruntime 1.31).
+Opset 21 by default, not 23: 21 has GroupNormalization as one node and runs on every onnxruntime the
+package allows (≥ 1.20). 23 adds the Attention node, which gained nothing there (tiny's denoise on
+one core: 167.4 ms with 21, 168.3 ms with 23, onnxruntime 1.31); it is for engines that fuse it.
+At fp32 large weights are stored in half, to which they were rounded; no file exceeds 2 GiB, and
+none keeps weights outside itself.
 """
 
 import contextlib
@@ -10,52 +12,128 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from heartbeat_export import precision as precisions
 from heartbeat_export import weight_map, weight_sources
 from heartbeat_export.errors import ExportError as ExportError
-from heartbeat_fast.bundle import DTYPES, TensorSpec
+from heartbeat_export.precision import Precision
+from heartbeat_fast.bundle import DTYPES, MAX_BYTES, TensorSpec
+from heartbeat_fast.models.blocks import use_kernels
 from heartbeat_fast.models.graphs import HALF_FROM, Graph, Tensors
+from heartbeat_kernels import to_onnx as hb
 
+Flavour = Literal["standard", "plugin"]
 OPSET = 21
+OPSETS = (21, 23)
 
 
-def to_onnx(graph: Graph, inputs: Tensors) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class Traced:
+    """A graph without its weights, and where those come from; every precision starts here."""
+
+    model: onnx.ModelProto
+    sources: dict[str, weight_sources.Source]
+
+
+def to_onnx(
+    graph: Graph,
+    inputs: Tensors,
+    *,
+    precision: Precision = "fp32",
+    opset: int = OPSET,
+    flavour: Flavour = "standard",
+) -> onnx.ModelProto:
     """A graph as a checked ONNX model with its weights inside, each with its source noted.
 
     Args:
         inputs: example tensors by name; their shapes become the graph's.
+        precision: what it computes in; inputs and outputs stay float32 and int64.
+        opset: 21, or 23 with its Attention node.
+        flavour: "standard", or "plugin" with nodes of the domain "hb", which need our plugins.
 
     Raises:
-        ExportError: torch could not trace it.
+        ExportError: torch could not trace it, or the file would exceed 2 GiB.
     """
-    with _quiet():
-        try:
+    return with_weights(trace(graph, inputs, opset, flavour), graph, precision)
+
+
+def trace(
+    graph: Graph, inputs: Tensors, opset: int = OPSET, flavour: Flavour = "standard"
+) -> Traced:
+    """The graph in float32, weights still missing: the same whatever they are.
+
+    Raises:
+        ExportError: no such opset or flavour, or torch could not trace it.
+    """
+    if opset not in OPSETS or flavour not in get_args(Flavour):
+        raise ExportError(f"opset {opset}, flavour {flavour} came; wanted 21 or 23, {Flavour}")
+    model, plugin = graph.module.model, flavour == "plugin"
+    use_kernels(model, "triton" if plugin else "reference")
+    try:
+        with _quiet():
             program = torch.onnx.export(
                 graph.module,
                 tuple(inputs[name] for name in graph.inputs),
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
-                opset_version=OPSET,
+                opset_version=opset,
+                custom_translation_table=hb.translations() if plugin else None,
                 dynamo=True,
                 optimize=False,
             )
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"{type(graph.module).__name__}: {error}") from error
-        assert program is not None
-        state = graph.module.model.state_dict()
-        sources = weight_sources.detach(program.model, state)
-        program.optimize()
-    model: onnx.ModelProto = program.model_proto
-    _tidy(model)
-    sources = weight_sources.fold(model.graph, sources)
-    _restore_inputs(model, graph, inputs)
+            assert program is not None
+            sources = weight_sources.detach(program.model, model.state_dict())
+            program.optimize()
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"{type(graph.module).__name__}: {error}") from error
+    finally:
+        use_kernels(model, "reference")
+    proto: onnx.ModelProto = program.model_proto
+    _tidy(proto)
+    sources = weight_sources.fold(proto.graph, sources)
+    _restore_inputs(proto, graph, inputs)
+    return Traced(proto, sources)
+
+
+def with_weights(traced: Traced, graph: Graph, precision: Precision = "fp32") -> onnx.ModelProto:
+    """A traced graph at a precision, with the weights of `graph`'s model.
+
+    Raises:
+        ExportError: a weight exceeds the precision, or the file would exceed 2 GiB.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(traced.model)
+    wanted = precisions.lower(model, set(traced.sources), precision)
     weights_to_half(model)
-    _attach(model, graph, sources, state)
+    part = graph.module.model
+    parameters, state = dict(part.named_parameters()), part.state_dict()
+    size, casts = 0, []
+    for (name, at), initializer in wanted.items():
+        source = weight_sources.rounded(traced.sources[name], parameters)
+        dtype = precisions.DTYPE[at]
+        if at == "fp32" and source.rounded and np.prod(source.shape) >= HALF_FROM:
+            # Large ones in half, with a Cast to float32 that engines fold at load.
+            low = f"{initializer}.half"
+            casts.append(
+                helper.make_node("Cast", [low], [initializer], f"{initializer}.cast", to=1)
+            )
+            dtype, initializer = "float16", low
+        size += int(np.prod(source.shape)) * (4 if dtype == "float32" else 2)
+        if size > MAX_BYTES:
+            raise ExportError(
+                f"graph {graph.outputs[0]}: its weights exceed 2 GiB, the most that one ONNX file "
+                "holds, and bundles keep no weights outside: choose a smaller preset"
+            )
+        tensor = model.graph.initializer.add(name=initializer)
+        weight_map.fill(tensor, source, dtype, state[source.key])
+    _prepend(model.graph, casts)
     onnx.checker.check_model(model)
     return model
 
@@ -69,23 +147,6 @@ def _tidy(model: onnx.ModelProto) -> None:
     del model.graph.metadata_props[:]
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
-
-
-def _attach(
-    model: onnx.ModelProto, graph: Graph, sources: dict[str, weight_sources.Source], state: Tensors
-) -> None:
-    """The weights come back: large ones in half, with a Cast to float32 that engines fold."""
-    parameters = dict(graph.module.model.named_parameters())
-    casts = []
-    for name, source in sources.items():
-        source = weight_sources.rounded(source, parameters)
-        tensor = model.graph.initializer.add(name=name)
-        dtype = "float32"
-        if source.rounded and np.prod(source.shape) >= HALF_FROM:
-            dtype, tensor.name = "float16", f"{name}.half"
-            casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}.cast", to=1))
-        weight_map.fill(tensor, source, dtype, state[source.key])
-    _prepend(model.graph, casts)
 
 
 def _prepend(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
