@@ -136,8 +136,10 @@ def _write_files(
         num_train_timesteps=config.steps,
     )
     (folder / "samplers.json").write_text(dump_tables(tables), "utf-8")
+    (folder / "config.json").write_bytes(fingerprints.configuration(config))
     (folder / "README.md").write_text(card or CARD.format(**vars(manifest)), "utf-8")
     names = {"samplers": "samplers.json", "tokenizer": "tokenizer.json", "card": "README.md"}
+    names["config"] = "config.json"
     return {key: describe(folder / file) for key, file in names.items()}
 
 

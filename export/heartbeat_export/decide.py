@@ -18,20 +18,22 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from heartbeat_export import weight_map
+from heartbeat_export import fingerprints, weight_map
 from heartbeat_export.build import load_folder
 from heartbeat_export.errors import ExportError
 from heartbeat_export.sampler_tables import build_tables, few_step_table, probe, scheduler
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.errors import HeartBeatError
-from heartbeat_fast.models.config import HeartBeatConfig, to_dict
+from heartbeat_fast.models.config import HeartBeatConfig
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.sampler import SamplerTable, dump_tables
 from heartbeat_fast.text import Tokenizer
 
 # Of the configuration: what a graph does not know. All else is architecture.
-NOT_IN_GRAPHS = ("name", "pretrained", "shared_noise", "shared_start", "prediction")
-SCHEDULE = ("beta_start", "beta_end", "schedule", "steps", "few_steps")
+NOT_IN_GRAPHS = (
+    *("name", "pretrained", "shared_noise", "shared_start", "prediction"),
+    *("beta_start", "beta_end", "schedule", "steps", "few_steps"),
+)
 PROBE = ("ddim", 4)
 SHOWN = 6  # names in a reason; all of them are in Decision.changed
 
@@ -117,30 +119,17 @@ def decide(bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe | None = None)
     return decision
 
 
-def config_bytes(model: HeartBeat) -> bytes:
-    """config.json of a bundle: the model's configuration."""
-    return json.dumps(to_dict(model.config), indent=1, sort_keys=True).encode()
-
-
 def _compare_architecture(bundle: Bundle, model: HeartBeat, decision: Decision) -> None:
-    """The configuration, where the bundle carries it; else what the manifest says of it."""
-    manifest, config = bundle.manifest, model.config
-    came, was = json.loads(config_bytes(model)), None
-    if "config" in manifest.files:
-        was = json.loads(bundle.read(manifest.files["config"]))
-    else:
-        latent = [config.denoiser.latent_channels, config.latent, config.latent]
-        came = {"preset": config.name, "frames": config.frames, "size": config.size}
-        came["latent"] = latent
-        was = {k: getattr(manifest, k) for k in came} | {"latent": list(manifest.latent)}
-    for name in sorted(_flat(came).items() ^ _flat(was).items()):
-        key = name[0]
-        if key.split(".")[0] in (*NOT_IN_GRAPHS, *SCHEDULE) or key in decision.changed:
-            continue
-        decision.changed[key] = []
-        old, new = _flat(was).get(key, "nothing"), _flat(came).get(key, "nothing")
-        decision.take(Road.FULL, f"architecture: {key} was {old}, is {new}")
-    decision.changed.clear()
+    """The configuration; what the graphs do not know of it is left out."""
+    if "config" not in bundle.manifest.files:
+        decision.take(Road.FULL, "the bundle has no configuration: an older release exported it")
+        return
+    was = _flat(json.loads(bundle.read(bundle.manifest.files["config"])))
+    now = _flat(json.loads(fingerprints.configuration(model.config)))
+    for key in sorted(was.keys() | now.keys()):
+        old, new = was.get(key, "nothing"), now.get(key, "nothing")
+        if old != new and key not in NOT_IN_GRAPHS:
+            decision.take(Road.FULL, f"architecture: {key} was {old}, is {new}")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -234,8 +223,7 @@ def _compare_files(bundle: Bundle, checkpoint: Checkpoint, decision: Decision) -
         wanted["samplers"] = dump_tables(_tables(config)).encode()
     if checkpoint.card:
         wanted["card"] = checkpoint.card.encode()
-    if "config" in manifest.files:
-        wanted["config"] = config_bytes(checkpoint.model)
+    wanted["config"] = fingerprints.configuration(config)
     for key, content in wanted.items():
         if key not in manifest.files or bundle.read(manifest.files[key]) != content:
             decision.files[key] = content

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 
 from heartbeat_fast.bundle import Manifest
 from heartbeat_fast.engines.base import Engine
+from heartbeat_fast.models.config import HeartBeatConfig, to_dict
 
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
 
@@ -58,6 +59,11 @@ def merkle_root(hashes: list[str]) -> str:
 def weights(tensors: Mapping[str, NDArray[Any]]) -> str:
     """Merkle root over the tensors by name, e.g. of a state dict."""
     return merkle_root(list(leaves(tensors).values()))
+
+
+def configuration(config: HeartBeatConfig) -> bytes:
+    """config.json of a bundle: what its model is made of, for `rebuild` to compare by name."""
+    return json.dumps(to_dict(config), indent=1, sort_keys=True).encode()
 
 
 def build(manifest: Manifest, engine: Engine, driver: str = "") -> str:

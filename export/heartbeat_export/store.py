@@ -3,10 +3,10 @@
 Files of a new version get names of their own (denoise-1f0c….onnx) beside those of the old one, and
 renaming a new manifest over the old is the commit: one rename(2), atomic on every file system, and
 files that did not change are shared without a link. Who has opened the old manifest goes on reading
-the old files: they stay until the rebuild after the next one begins. Killed at any moment, a
-rebuild leaves the old version or the new one, and perhaps files that nothing names; the next one
-sweeps them. fingerprints.previous of a manifest is the SHA-256 of the manifest it took over from,
-which stays in the folder as manifest-SHA.json.
+the old files: the version before is kept whole, and older ones for a minute (GRACE_S). Killed at
+any moment, a rebuild leaves the old version or the new one, and perhaps files that nothing names;
+the next one sweeps them. fingerprints.previous of a manifest is the SHA-256 of the manifest that it
+took over from, which stays in the folder as manifest-SHA.json.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from heartbeat_fast.errors import BundleError, HeartBeatError
 from heartbeat_fast.files import atomic
 
 MANIFEST, LOCK = "manifest.json", ".rebuild.lock"
+GRACE_S = 60  # for readers that opened a version just before it was replaced twice
 DIGITS = 16  # of a SHA-256 in a file's name
 # What is ours to sweep: files under names of their own, and what a killed process was writing.
 OWN = re.compile(rf"[a-z_]+-[0-9a-f]{{{DIGITS}}}\.(onnx|json|md)")
@@ -173,9 +175,13 @@ def sweep(bundle: Bundle) -> None:
     keep |= set(kept(bundle).values()) | {spec.file for spec in specs(bundle.manifest)}
     gone = {path.name for path in folder.iterdir() if OWN.fullmatch(path.name)}
     for path in folder.glob("manifest-*.json"):  # retired versions, first exports among them
-        if OWN.fullmatch(path.name) and path.name not in keep:
-            with contextlib.suppress(HeartBeatError, OSError):
-                gone |= {spec.file for spec in specs(read_manifest(path.read_bytes()))}
+        if not OWN.fullmatch(path.name) or path.name in keep:
+            continue
+        with contextlib.suppress(HeartBeatError, OSError):
+            files = {spec.file for spec in specs(read_manifest(path.read_bytes()))}
+            if time.time() - path.stat().st_mtime < GRACE_S:  # written when it was replaced
+                keep |= files | {path.name}
+            gone |= files
     for name in gone - keep:
         (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -191,9 +197,8 @@ def _switch(folder: Path, old: bytes, new: bytes) -> None:
     """Keeps the old manifest under a name of its own, then renames the new one into place."""
     try:
         backup = folder / _manifest_name(hashlib.sha256(old).hexdigest())
-        if not (backup.is_file() and backup.read_bytes() == old):
-            with atomic(backup) as temporary:
-                temporary.write_bytes(old)
+        with atomic(backup) as temporary:
+            temporary.write_bytes(old)
         _sync(folder)  # names of the new files, before the manifest that names them
         with atomic(folder / MANIFEST) as temporary:
             temporary.write_bytes(new)
