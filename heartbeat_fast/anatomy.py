@@ -68,25 +68,33 @@ def sample_anatomy(seed: int, **fixed: object) -> Anatomy:
     return replace(heart, **fixed)  # type: ignore[arg-type]
 
 
-def contraction(heart: Anatomy, frames: int) -> NDArray[np.float64]:
-    """c(t) at the clip's frames: systole, early filling, diastasis, atrial kick. Returns (F,)."""
-    phase = np.linspace(0, heart.coverage, frames)
-    # Systole takes 0.33 s at 60/min and shortens little with rate: its share grows with the rate.
-    systole = 0.27 + 0.0013 * heart.heart_rate
-    fill, kick = systole + 0.06, 0.82
+def systole(heart_rate: float) -> float:
+    """Systole's share of the cycle: 0.33 s at 60/min, and it shortens little with the rate."""
+    return 0.27 + 0.0013 * heart_rate
+
+
+def contraction_at(phase: NDArray[np.float64], heart_rate: float) -> NDArray[np.float64]:
+    """c at phases 0…1 of a cycle: systole, early filling, diastasis, atrial kick. 0 ED, 1 ES."""
+    end = systole(heart_rate)
+    fill, kick = end + 0.06, 0.82
 
     def ramp(start: float, stop: float) -> NDArray[np.float64]:
         x = np.clip((phase - start) / (stop - start), 0, 1)
         return 0.5 - 0.5 * np.cos(pi * x)
 
-    c = ramp(0, systole) - 0.72 * ramp(fill, fill + 0.22) - 0.28 * ramp(kick, 1.0)
+    c = ramp(0, end) - 0.72 * ramp(fill, fill + 0.22) - 0.28 * ramp(kick, 1.0)
     return np.asarray(c)
+
+
+def contraction(heart: Anatomy, frames: int) -> NDArray[np.float64]:
+    """c(t) at a clip's frames (F,)."""
+    return contraction_at(np.linspace(0, heart.coverage, frames), heart.heart_rate)
 
 
 def opening(heart: Anatomy, frames: int) -> NDArray[np.float64]:
     """Mitral opening (F,): 0 closed in systole, peaks in early filling (E) and atrial kick (A)."""
     phase = np.linspace(0, heart.coverage, frames)
-    start = 0.27 + 0.0013 * heart.heart_rate + 0.04
+    start = systole(heart.heart_rate) + 0.04
 
     def bump(centre: float, half: float) -> NDArray[np.float64]:
         return np.cos(np.clip((phase - centre) / half, -1, 1) * pi / 2) ** 2
