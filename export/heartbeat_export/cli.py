@@ -15,6 +15,7 @@ COMMANDS = {  # command → module; none is called onnx, the library's name
     "onnx": "write_onnx",
     "rebuild": "rebuild",
     "rollback": "rollback",
+    "engines": "engines",
 }
 
 

@@ -95,7 +95,7 @@ class TensorRtEngine:
         self.gpu = cuda.Gpu.find("cuda" if device == "auto" else device)
         self.recipe = self.recipe_for(self.gpu)
         self.device = f"cuda:{self.gpu.ordinal}"
-        self.precision = str(getattr(bundle.manifest, "precision", "") or "fp32")
+        self.precision = bundle.manifest.precision
         self.cache = cache or EngineCache()
         self._bundle, self._stream = bundle, cuda.Stream(self.gpu)
         self._log, self._pool = logger(self.trt), Pool()
