@@ -93,7 +93,7 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
 
     from heartbeat_export.commands.write_onnx import source_revision
     from heartbeat_fast import __version__
-    from heartbeat_fast.doctor import examine
+    from heartbeat_fast.engines.machine import processor
     from heartbeat_fast.engines.tensorrt_plan import TENSORRT, TENSORRT_RTX, library
     from heartbeat_fast.files import atomic
 
@@ -105,7 +105,7 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
         "kind": "engines",
         "created": datetime.now(UTC).isoformat("T", "seconds"),
         "fingerprint": {
-            "machine": {"cpu": examine()["processor"], "os": platform.platform()},
+            "machine": {"cpu": processor(), "os": platform.platform()},
             "software": {
                 "python": platform.python_version(),
                 "heartbeat_fast": __version__,
