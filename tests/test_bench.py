@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from heartbeat_benchmarks import cli, latency, quality, results
+from heartbeat_benchmarks import cli, quality, results
 from heartbeat_benchmarks.fingerprint import fingerprint
 from heartbeat_benchmarks.pictures import draw
-from heartbeat_benchmarks.timing import gemm_gflops, needed, summary, supported
+from heartbeat_benchmarks.timing import needed, summary, supported
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.errors import FileError
-from heartbeat_training.evaluate import ALL, LADDER, SETS, TARGETS
+from heartbeat_training.evaluate import LADDER, SETS, TARGETS
 
 Labels = NDArray[np.uint8]
 
@@ -53,10 +53,6 @@ def test_percentiles_only_where_supported() -> None:
     assert summary([]) == {"n": 0}
 
 
-def test_gemm_probe() -> None:
-    assert 0.1 < gemm_gflops(side=128, repeats=2) < 1e5
-
-
 def test_fingerprint_says_where(nano_bundle: Bundle) -> None:
     found = fingerprint(nano_bundle)
     assert found["machine"]["cores"] >= 1
@@ -89,32 +85,6 @@ def test_insert_fills_only_its_place(tmp_path: Path) -> None:
     assert text.endswith("<!-- /bench -->\nb\n")
     assert "| 1 | 2 |" in text
     assert not results.insert(page, "latency", "t")
-
-
-@pytest.fixture(scope="module")
-def timed(nano_bundle: Bundle) -> dict[str, Any]:
-    work = latency.Workload(
-        engine="onnxruntime", sets=("text", ALL), runs=7, steps=4, cold_starts=1
-    )
-    return latency.run(nano_bundle.path, work)
-
-
-def test_latency_result(timed: dict[str, Any], tmp_path: Path) -> None:
-    stages = timed["warm_ms"][ALL]
-    total, parts = stages["total"], [s for name, s in stages.items() if name != "total"]
-    assert len(total["samples"]) == 7
-    assert "p50" in total
-    assert "p90" not in total
-    # the stages and "other" are all of a clip
-    assert sum(s["samples"][0] for s in parts) == pytest.approx(total["samples"][0], abs=0.05)
-    assert stages["local"]["p50"] > 0
-    assert timed["warm_ms"]["text"]["image"]["min"] < 1  # an absent condition's encoder rests
-    assert set(timed["cold_ms"]) == {"import", "open", "first clip", "second clip"}
-    assert timed["quality"] is None
-    saved = results.load(results.save("latency", timed, tmp_path))
-    assert "| text |" in latency.markdown(saved)
-    assert "–" in latency.markdown(saved)  # seven runs say nothing of p90
-    assert latency.table(saved).row_count == len(stages)
 
 
 @pytest.fixture(scope="module")

@@ -1,50 +1,75 @@
 """What each condition set costs here, stage by stage, warm and cold, with the raw samples.
 
-Clips of all sets take turns, so that a drifting machine wrongs none of them; hearts and noise seeds
+Clips of all rows take turns, so that a drifting machine wrongs none of them; hearts and noise seeds
 change with every clip, so that nothing can be remembered. Times are milliseconds of wall clock.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
+import gc
+import hashlib
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.progress import track
-from rich.table import Table
+from rich.progress import Progress
 
-from heartbeat_benchmarks import results
+from heartbeat_benchmarks import cold_start, flops, probe, results, sets, validity
 from heartbeat_benchmarks.fingerprint import fingerprint
-from heartbeat_benchmarks.timing import gemm_gflops, needed, summary
+from heartbeat_benchmarks.gate import REFERENCE, Gate
+from heartbeat_benchmarks.timing import needed, summary
+from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.conditions import Conditions
-from heartbeat_fast.errors import HeartBeatError
 from heartbeat_fast.generator import STAGES, Generator
-from heartbeat_training.evaluate import ALL, LADDER, SETS
+from heartbeat_training.evaluate import ALL, LADDER
 from heartbeat_training.phantom import record
 
 FIRST_SEED, HEARTS = 950_000, 4
-ENCODE = ("text", "image", "local", "context")  # stages before the loop
-WARM_UP = 2  # clips of each set: sessions are made in the first, buffers have settled by the second
-DRIFT, LOAD = 0.1, 0.5  # of matrix speed over the run; of load per core before it
+WARM_UP = 2  # clips of each row: sessions are made in the first, buffers have settled by the second
+BATCH_RUNS = needed(0.5)
+TOTAL, OTHER = "total", "other"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed. Batch is 1; `sets` are names of evaluate.SETS."""
+    """What is timed: every engine at every step count under every set (names of sets.py).
 
-    engine: str = "auto"
+    batches: clips asked for at once, of the last set. Graphs hold one clip, so they are made one
+    after the other. cold_starts: fresh processes an engine, with the last set's conditions.
+    """
+
+    engines: tuple[str, ...] = ("auto",)
     sets: tuple[str, ...] = (*LADDER, ALL)
+    steps: tuple[int, ...] = (10,)
     runs: int = needed(0.9)
-    steps: int = 10
+    batches: tuple[int, ...] = (1, 2, 4, 8)
     guidance: float = 1.0
     sampler: str = "dpmpp_2m"
     cold_starts: int = 5
+    probe_sides: tuple[int, ...] = probe.SIDES
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a warm generator, a condition set, a step count."""
+
+    generator: Generator
+    asked: str  # the engine as asked for
+    set: str
+    steps: int
+
+    def head(self) -> dict[str, Any]:
+        """What identifies the row in a result."""
+        engine = self.generator.engine
+        return {
+            "asked": self.asked,
+            "engine": engine.name,
+            "precision": engine.precision,
+            "device": engine.device,
+            "set": self.set,
+            "conditions": sets.conditions_of(self.set),
+            "steps": self.steps,
+        }
 
 
 def run(bundle: str | Path | None, work: Workload) -> dict[str, Any]:
@@ -52,86 +77,170 @@ def run(bundle: str | Path | None, work: Workload) -> dict[str, Any]:
 
     Raises: BundleError, EngineError, SamplerError as the generator does.
     """
-    generator = Generator.open(bundle, work.engine)
-    manifest = generator.bundle.manifest
+    generators = {name: Generator.open(bundle, name) for name in work.engines}
+    opened = next(iter(generators.values())).bundle
+    manifest = opened.manifest
     hearts = [
         record(seed, frames=manifest.frames, size=manifest.size).conditions()
         for seed in range(FIRST_SEED, FIRST_SEED + HEARTS)
     ]
-    printed = fingerprint(generator.bundle)
-    gemm = [gemm_gflops()]
-    warm = _warm(generator, work, hearts)
-    gemm.append(gemm_gflops())
-    cold = _cold(generator.bundle.path, work, hearts[0])
+    rows = [
+        Row(generators[name], name, one, steps)
+        for name in work.engines
+        for steps in work.steps
+        for one in work.sets
+    ]
+    printed = fingerprint(opened)
+    peaks, watch = [probe.measure(work.probe_sides)], validity.Watch()
+    with Progress(transient=True) as progress:
+        timed = _warm(rows, hearts, work, progress)
+        batches = list(_batches(generators, hearts, work, progress))
+        cold = list(_cold(opened, hearts[0], work, progress))
+    used = watch.read()
+    peaks.append(probe.measure(work.probe_sides))
+    _judge(timed, rows, hearts[0], work, peaks[0])
+    found = validity.verdict(peaks[0], peaks[1], used)
+    few = validity.too_few(work.runs, needed(0.9))
+    workload = asdict(work) | {"frames": manifest.frames, "size": manifest.size}
     return {
         "fingerprint": printed,
-        "workload": asdict(work)
-        | {"frames": manifest.frames, "size": manifest.size, "batch": 1, "warm_up": WARM_UP},
-        "engine": {
-            "name": generator.engine.name,
-            "precision": generator.engine.precision,
-            "device": generator.engine.device,
-        },
-        "gemm_fp32_gflops": {"before": gemm[0], "after": gemm[1]},
-        "peak_memory_mb": _peak_memory_mb(),
-        "warm_ms": warm,
-        "cold_ms": cold,
+        "workload": workload | {"hearts": [FIRST_SEED, FIRST_SEED + HEARTS]},
+        "method": method(),
+        "peaks": {"before": peaks[0], "after": peaks[1]},
+        "rows": timed,
+        "batches": batches,
+        "cold": cold,
         "quality": _quality(manifest.fingerprints.get("weights", "")),
-        "doubts": _doubts(printed["machine"], gemm),
+        "used": used,
+        "verdict": {"valid": found["valid"] and not few, "reasons": found["reasons"] + few},
     }
 
 
-def _warm(generator: Generator, work: Workload, hearts: Sequence[Conditions]) -> dict[str, Any]:
-    """{set: {stage: summary with samples}}; stages are the generator's, "other" and "total"."""
-    samples: dict[str, dict[str, list[float]]] = {
-        name: {stage: [] for stage in (*STAGES, "other", "total")} for name in work.sets
+def method() -> dict[str, Any]:
+    """How it was measured, as the report contract wants it said."""
+    return {
+        "process": "one for all warm rows, a fresh one for every cold start; disk cache warm",
+        "warm_up": WARM_UP,
+        "order": "rows take turns, clip by clip",
+        "timer": "time.perf_counter around the whole call; stages inside it",
+        "inputs": "numpy arrays in main memory",
+        "garbage_collection": "on" if gc.isenabled() else "off",
     }
-    for i in track(range(-WARM_UP, work.runs), description="clips", transient=True):
-        for name in work.sets:
-            given = hearts[i % len(hearts)].only(SETS[name])
-            start = time.perf_counter()
-            clip = generator(
-                given,
-                steps=work.steps,
-                guidance=work.guidance,
-                seed=i + WARM_UP,
-                sampler=work.sampler,
-            )
-            total = (time.perf_counter() - start) * 1e3
+
+
+def _warm(
+    rows: Sequence[Row], hearts: Sequence[Conditions], work: Workload, progress: Progress
+) -> list[dict[str, Any]]:
+    """Every row's head and stages: {stage: summary with samples}, with "other" and "total"."""
+    samples: list[dict[str, list[float]]] = [
+        {stage: [] for stage in (*STAGES, OTHER, TOTAL)} for _ in rows
+    ]
+    clips: list[set[str]] = [set() for _ in rows]
+    task = progress.add_task("clips", total=len(rows) * (WARM_UP + work.runs))
+    for i in range(-WARM_UP, work.runs):
+        for row, into, seen in zip(rows, samples, clips, strict=True):
+            given = hearts[i % len(hearts)].only(sets.conditions_of(row.set))
+            times, digest = time_clip(row.generator, given, row.steps, i + WARM_UP, work)
+            progress.advance(task)
             if i < 0:
                 continue
-            stages = clip.provenance["timings_ms"]
-            for stage in STAGES:
-                samples[name][stage].append(stages[stage])
-            samples[name]["other"].append(total - sum(stages.values()))
-            samples[name]["total"].append(total)
-    return {
-        name: {stage: _described(times) for stage, times in stages.items()}
-        for name, stages in samples.items()
-    }
+            seen.add(digest)
+            for stage, milliseconds in times.items():
+                into[stage].append(milliseconds)
+    return [
+        row.head()
+        | {"distinct_clips": len(seen), "stages": {k: _described(t) for k, t in into.items()}}
+        for row, into, seen in zip(rows, samples, clips, strict=True)
+    ]
+
+
+def time_clip(
+    generator: Generator, given: Conditions, steps: int, seed: int, work: Workload
+) -> tuple[dict[str, float], str]:
+    """Milliseconds of one clip by stage, and a digest of its frames (not timed)."""
+    start = time.perf_counter()
+    clip = generator(given, steps=steps, guidance=work.guidance, seed=seed, sampler=work.sampler)
+    total = (time.perf_counter() - start) * 1e3
+    stages: dict[str, float] = clip.provenance["timings_ms"]
+    other = total - sum(stages.values())
+    return stages | {OTHER: other, TOTAL: total}, hashlib.sha256(clip.frames.tobytes()).hexdigest()
+
+
+def _batches(
+    generators: dict[str, Generator],
+    hearts: Sequence[Conditions],
+    work: Workload,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """Several clips asked for at once: one sample is the whole batch."""
+    steps, name = work.steps[0], work.sets[-1]
+    task = progress.add_task("batches", total=len(generators) * len(work.batches) * BATCH_RUNS)
+    for asked, generator in generators.items():
+        for batch in work.batches:
+            samples = []
+            for i in range(BATCH_RUNS):
+                given = [
+                    hearts[(i + j) % len(hearts)].only(sets.conditions_of(name))
+                    for j in range(batch)
+                ]
+                start = time.perf_counter()
+                for j, one in enumerate(given):
+                    time_clip(generator, one, steps, 1000 + i * batch + j, work)
+                samples.append((time.perf_counter() - start) * 1e3)
+                progress.advance(task)
+            head = Row(generator, asked, name, steps).head()
+            how = "one after the other: the graphs hold one clip"
+            yield head | {"batch": batch, "how": how, TOTAL: _described(samples)}
+
+
+def _cold(
+    bundle: Bundle, heart: Conditions, work: Workload, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Fresh processes, one after the other, with the last set's conditions."""
+    given = heart.only(sets.conditions_of(work.sets[-1]))
+    task = progress.add_task("cold starts", total=len(work.engines) * work.cold_starts)
+    for engine in work.engines if work.cold_starts else ():
+        starts = []
+        for _ in range(work.cold_starts):
+            start = cold_start.measure(bundle.path, engine, work.steps[0], work.sampler, given)
+            starts.append(start)
+            progress.advance(task)
+        stages = {key: _described([start[key] for start in starts]) for key in starts[0]}
+        memory = stages.pop(cold_start.MEMORY)["max"]
+        head = {"asked": engine, "set": work.sets[-1], "steps": work.steps[0]}
+        yield head | {"peak_memory_mb": memory, "stages": stages}
+
+
+def _judge(
+    timed: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
+    heart: Conditions,
+    work: Workload,
+    peaks: dict[str, dict[str, Any]],
+) -> None:
+    """Adds to every row its FLOP, its shares of the peak, and the gate's verdict."""
+    bundle = rows[0].generator.bundle
+    graphs = flops.bundle_flop(bundle)
+    reference = next((row.generator for row in rows if row.asked == REFERENCE), None)
+    gate = Gate(reference or Generator.open(bundle, REFERENCE), work.guidance, work.sampler)
+    for result, row in zip(timed, rows, strict=True):
+        given = heart.only(result["conditions"])
+        result["gate"] = gate.verdict(row.generator, given, row.steps)
+        peak = result["peak_gflops"] = probe.peak_of(peaks, result["precision"])
+        if not graphs:
+            continue
+        result["flop"] = flops.clip_flop(graphs, given.present, row.steps, work.guidance)
+        loop = graphs["denoise"] * row.steps * (1 if work.guidance == 1 else 2)
+        for share, stage, flop in (
+            ("share_of_peak", TOTAL, result["flop"]),
+            ("denoise_share_of_peak", "denoise", loop),
+        ):
+            if peak and (p50 := result["stages"][stage].get("p50")):
+                result[share] = round(flop / (p50 * 1e6) / peak, 4)
 
 
 def _described(times: list[float]) -> dict[str, Any]:
     return summary(times) | {"samples": [round(t, 3) for t in times]}
-
-
-def _cold(bundle: Path, work: Workload, conditions: Conditions) -> dict[str, Any]:
-    """Fresh processes, one after the other; the last set's conditions. The disk's cache is warm."""
-    given = conditions.only(SETS[work.sets[-1]])
-    arrays = {name: np.asarray(getattr(given, name)) for name in given.present}
-    marks: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "conditions.npz"
-        np.savez(file, allow_pickle=False, frames=given.frames, size=given.size, **arrays)
-        for _ in track(range(work.cold_starts), description="cold starts", transient=True):
-            options = [str(bundle), work.engine, str(work.steps), str(file), repr(time.time())]
-            command = [sys.executable, "-m", "heartbeat_benchmarks.cold_start", *options]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise HeartBeatError(f"cold start: {done.stderr.strip().splitlines()[-1]}")
-            for stage, milliseconds in json.loads(done.stdout).items():
-                marks[stage].append(milliseconds)
-    return {stage: _described(times) for stage, times in marks.items()}
 
 
 def _quality(weights: str) -> dict[str, Any] | None:
@@ -140,84 +249,3 @@ def _quality(weights: str) -> dict[str, Any] | None:
     if path is None:
         return None
     return {"file": path.name, **results.load(path)["summary"].get(ALL, {})}
-
-
-def _doubts(machine: dict[str, Any], gemm: Sequence[float]) -> list[str]:
-    """Reasons not to trust the figures; empty when the machine was quiet and steady."""
-    doubts = []
-    if (load := machine["load_1min"] or 0.0) > LOAD * machine["cores"]:
-        doubts.append(
-            f"the machine was busy: load {load} on {machine['cores']} cores before the run"
-        )
-    if abs(gemm[1] / gemm[0] - 1) > DRIFT:
-        doubts.append(f"matrix speed drifted from {gemm[0]:.0f} to {gemm[1]:.0f} GFLOP/s")
-    return doubts
-
-
-def _peak_memory_mb() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    # kilobytes on Linux, bytes on macOS
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-
-
-def table(result: dict[str, Any]) -> Table:
-    """Stages of every set as p50 / p90 in milliseconds; a dash where the sample supports none."""
-    engine, machine = result["engine"], result["fingerprint"]["machine"]
-    name, runs = result["fingerprint"]["bundle"]["name"], result["workload"]["runs"]
-    shown = Table(
-        title=f"{name}, {engine['name']} {engine['precision']} on {machine['cores']} cores of "
-        f"{machine['cpu']}: ms, p50 / p90 of {runs} clips"
-    )
-    shown.add_column("stage")
-    sets = result["warm_ms"]
-    for name in sets:
-        shown.add_column(name, justify="right")
-    for stage in (*STAGES, "other", "total"):
-        cells = [_pair(sets[name][stage]) for name in sets]
-        shown.add_row(stage, *cells, style="bold" if stage == "total" else None)
-    return shown
-
-
-def _pair(described: dict[str, Any]) -> str:
-    return " / ".join(
-        f"{described[key]:.1f}" if key in described else "–" for key in ("p50", "p90")
-    )
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """What belongs beside the table: machine speed, cold start, quality, doubts."""
-    gemm, cold = result["gemm_fp32_gflops"], result["cold_ms"]
-    lines = [
-        f"fp32 matrix products: {gemm['before']:.0f} GFLOP/s before, {gemm['after']:.0f} after"
-    ]
-    if cold:
-        times = ", ".join(f"{stage} {np.median(s['samples']):.0f}" for stage, s in cold.items())
-        lines.append(f"cold start, median ms of {next(iter(cold.values()))['n']}: {times}")
-    quality = result["quality"]
-    if quality:
-        lines.append(f"quality of these weights: {quality['file']}")
-    else:
-        lines.append("quality of these weights: not measured; run `heartbeat-bench quality`")
-    return lines + [f"doubtful: {doubt}" for doubt in result["doubts"]]
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table for documents: one row per condition set, p50 / p90 in ms, and what it ran on."""
-    work, machine, engine = result["workload"], result["fingerprint"]["machine"], result["engine"]
-    head = ["conditions", "encode", f"denoise × {work['steps']}", "decode", "clip", "frames/s"]
-    rows = []
-    for name, stages in result["warm_ms"].items():
-        encode = sum(stages[s].get("p50", np.nan) for s in ENCODE)
-        rate = 1e3 * work["frames"] / stages["total"].get("p50", np.nan)
-        cells = [_pair(stages[stage]) for stage in ("denoise", "decode", "total")]
-        rows.append([name, results.number(encode, 1), *cells, results.number(rate, 1)])
-    about = (
-        f"ms, p50 / p90 over {work['runs']} clips of {work['frames']} frames {work['size']}×"
-        f"{work['size']}; {engine['name']} {engine['precision']}, {machine['cores']} cores of "
-        f"{machine['cpu']}"
-    )
-    return results.markdown(head, rows) + "\n\n" + "; ".join([about, *notes(result)]) + "."

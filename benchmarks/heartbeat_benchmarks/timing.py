@@ -1,7 +1,6 @@
 """Samples of a time, and what may be said about them."""
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,18 +34,3 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
         if supported(percent / 100, len(values)):
             found[f"p{percent}"] = float(np.percentile(values, percent))
     return found
-
-
-def gemm_gflops(side: int = 1024, repeats: int = 5) -> float:
-    """fp32 matrix product of this machine now, best of some, in GFLOP/s: the scale for a latency.
-
-    Taken before and after a benchmark it also shows whether the machine kept its speed.
-    """
-    rng = np.random.Generator(np.random.PCG64(0))
-    a, b = rng.standard_normal((2, side, side), np.float32)
-    best = math.inf
-    for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best / 1e9

@@ -5,44 +5,63 @@ from typing import Any
 
 from heartbeat_benchmarks import results
 from heartbeat_benchmarks.commands import options
-from heartbeat_fast.errors import HeartBeatError
 
 HELP = "time every condition set, stage by stage"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Times a bundle, warm and cold. p90 needs 44 runs, p50 7: fewer print a dash."""
-    options.generation(parser)
-    options.folder(parser)
-    parser.add_argument("--sets", metavar="A,B", help='condition sets, e.g. "text,+mask,all"')
-    parser.add_argument("--runs", type=int, help="clips per set (default: enough for p90)")
+    """Times engines, step counts and condition sets in turns, warm; then cold starts. p90 needs 44
+    runs, p50 7: fewer print a dash. Beside each row: share of the matrix peak, PSNR against fp32.
+    """
+    parser.add_argument("--bundle", metavar="DIR", help="folder or name; default: the embedded one")
+    parser.add_argument(
+        "--engine", type=options.words, default=("auto",), metavar="A,B", help="default: auto"
+    )
+    parser.add_argument(
+        "--steps", type=options.numbers, default=(10,), metavar="N,M", help="default: 10"
+    )
+    parser.add_argument("--sampler", default="dpmpp_2m", help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument(
+        "--sets",
+        type=options.words,
+        metavar="A,B",
+        help="condition sets: text, +mask, all, none, mask+ef, all-flow; ladder, singles, without",
+    )
+    parser.add_argument(
+        "--batch", type=options.numbers, default=(1, 2, 4, 8), metavar="N,M", help="clips at once"
+    )
+    parser.add_argument("--runs", type=int, help="clips per row (default: enough for p90)")
     parser.add_argument("--cold-starts", type=int, default=5)
+    parser.add_argument("--stages", action="store_true", help="print every stage of every row")
+    options.folder(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Times, stores, prints."""
     from rich.console import Console
 
-    from heartbeat_benchmarks import latency
-    from heartbeat_training.evaluate import SETS
+    from heartbeat_benchmarks import latency, latency_report, sets
 
     given: dict[str, Any] = {"runs": arguments.runs} if arguments.runs else {}
     if arguments.sets:
-        given["sets"] = options.words(arguments.sets)
-        if unknown := [name for name in given["sets"] if name not in SETS]:
-            raise HeartBeatError(f"--sets: {', '.join(unknown)} came; wanted {', '.join(SETS)}")
+        given["sets"] = sets.expand(arguments.sets)
     work = latency.Workload(
-        engine=arguments.engine,
+        engines=arguments.engine,
         steps=arguments.steps,
+        sampler=arguments.sampler,
         guidance=arguments.guidance,
+        batches=arguments.batch,
         cold_starts=arguments.cold_starts,
         **given,
     )
     result = latency.run(arguments.bundle, work)
     path = results.save("latency", result, arguments.results)
     console = Console()
-    console.print(latency.table(result))
-    for line in latency.notes(result):
+    console.print(latency_report.table(result))
+    if arguments.stages:
+        console.print(latency_report.stages(result))
+    for line in latency_report.notes(result):
         console.print(line, highlight=False)
     console.print(f"raw samples: {path}", highlight=False, soft_wrap=True)
     return 0

@@ -41,12 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def makers() -> dict[str, tuple[str, Callable[[dict[str, Any]], str]]]:
     """Table → the kind of result it shows, and what writes it as Markdown."""
-    from heartbeat_benchmarks import latency, patients, quality, real
+    from heartbeat_benchmarks import latency_report, patients, quality, real
 
     return {
         "ladder": ("quality", quality.ladder_markdown),
         "targets": ("quality", quality.targets_markdown),
-        "latency": ("latency", latency.markdown),
+        "latency": ("latency", latency_report.markdown),
         "real": ("real", real.markdown),
         "table": ("table", patients.table),
         "steps": ("steps", patients.steps),

@@ -1,0 +1,248 @@
+"""Other systems beside ours, in one run on one machine, random weights where none can be had.
+
+A peer's network is timed pass by pass and a clip is that median times its evaluations, plus its
+decoder frame by frame: its own loop would add to that. Ours are timed as whole clips with all
+seven conditions, encoders and decoding included: the same checkpoint through the plain pass in
+eager torch, and through each engine. Operations are counted on torch's meta device.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from heartbeat_benchmarks import flops, probe, results, validity
+from heartbeat_benchmarks.fingerprint import fingerprint
+from heartbeat_benchmarks.latency_report import peaks as said_peaks
+from heartbeat_benchmarks.latency_report import verdict as said_verdict
+from heartbeat_benchmarks.peer_networks import PEERS, Peer, decode_at, zeros
+from heartbeat_benchmarks.plain_engine import PlainEngine
+from heartbeat_benchmarks.timing import needed
+from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.conditions import NAMES
+from heartbeat_fast.engines.base import open_engine
+from heartbeat_fast.errors import EngineError, HeartBeatError
+from heartbeat_fast.generator import Generator
+from heartbeat_fast.models.config import BASE, PRESETS, HeartBeatConfig
+from heartbeat_fast.models.denoiser import Denoiser
+from heartbeat_fast.models.heartbeat import HeartBeat
+from heartbeat_training.phantom import record
+
+SEED = 970_000
+EAGER = "eager torch, diffusers style"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """engines: of our rows, (engine, sampler, steps). heavy: time the networks of a billion
+    parameters too, given memory and minutes. passes: timed per network; runs: clips per row."""
+
+    bundle: str | None = None
+    model: Path = Path(__file__).parents[2] / "heartbeat_fast/bundles/tiny-torch"
+    engines: tuple[tuple[str, str, int], ...] = (("auto", "dpmpp_2m", 20), ("auto", "dpmpp_2m", 4))
+    eager_steps: int = 20
+    runs: int = needed(0.5)
+    passes: int = 3
+    heavy: bool = False
+    only: str = ""
+    probe_sides: tuple[int, ...] = probe.SIDES
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Count and time everything. Returns the result that `results.save` stores.
+
+    Raises: BundleError, SamplerError, CheckpointError as the generator and the model do.
+    """
+    bundle = Bundle.open(plan.bundle)
+    peaks, watch = [probe.measure(plan.probe_sides)], validity.Watch()
+    chosen = [peer for peer in (*PEERS, base()) if plan.only.lower() in peer.name.lower()]
+    if not chosen:
+        raise HeartBeatError(f"--only {plan.only}: no such peer")
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("systems", total=len(chosen) + len(plan.engines) + 1)
+        for row in (*_ours(plan, bundle), *(measured(peer, plan) for peer in chosen)):
+            rows.append(row)
+            progress.advance(task)
+    used = watch.read()
+    peaks.append(probe.measure(plan.probe_sides))
+    return {
+        "fingerprint": fingerprint(bundle),
+        "workload": asdict(plan) | {"model": plan.model.name},
+        "peaks": {"before": peaks[0], "after": peaks[1]},
+        "rows": rows,
+        "used": used,
+        "verdict": validity.verdict(peaks[0], peaks[1], used),
+    }
+
+
+def measured(peer: Peer, plan: Plan) -> dict[str, Any]:
+    """A peer's row: operations always, seconds unless it is heavy and that was not asked for."""
+    row: dict[str, Any] = {
+        "name": peer.name,
+        "how": EAGER,
+        "frames": peer.frames,
+        "size": peer.size,
+        "conditions": peer.conditions,
+        "evaluations": peer.evaluations,
+        "source": peer.source,
+        "assumed": peer.assumed,
+    }
+    row["parameters"], flop = counted(peer.network, peer.call)
+    decoder = counted(peer.decoder, peer.decode) if peer.decoder and peer.decode else (0, 0)
+    row |= {"pass_flop": flop, "decode_flop": decoder[1] * peer.decodes}
+    row["flop"] = flop * peer.evaluations + row["decode_flop"]
+    if peer.heavy and not plan.heavy:
+        return row | {"seconds": None, "why_not": "heavy: --heavy times it"}
+    passes = timed(peer.network, peer.call, plan.passes)
+    frames = timed(peer.decoder, peer.decode, plan.passes) if peer.decoder and peer.decode else [0]
+    row |= {"pass_s": passes, "decode_frame_s": frames}
+    seconds = float(np.median(passes)) * peer.evaluations + float(np.median(frames)) * peer.decodes
+    return row | {"seconds": seconds}
+
+
+def counted(build: Callable[[], nn.Module], call: Callable[[nn.Module], Any]) -> tuple[int, int]:
+    """Parameters, and FLOP of one pass, without memory for either."""
+    with torch.device("meta"):
+        module = build()
+    module = module.to("meta").eval()  # some layers make their numbers on the CPU regardless
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(module)
+    return sum(p.numel() for p in module.parameters()), int(counter.get_total_flops())
+
+
+def timed(
+    build: Callable[[], nn.Module], call: Callable[[nn.Module], Any], passes: int
+) -> list[float]:
+    """Seconds of each pass after one that warms up; the module is gone afterwards."""
+    torch.manual_seed(0)
+    module, samples = build().eval(), []
+    with torch.inference_mode():
+        for i in range(-1, passes):
+            start = time.perf_counter()
+            call(module)
+            if i >= 0:
+                samples.append(round(time.perf_counter() - start, 5))
+    del module
+    gc.collect()
+    return samples
+
+
+def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
+    """The bundle's own model: plain pass in eager torch, then each engine that runs here."""
+    manifest = bundle.manifest
+    given = record(SEED, frames=manifest.frames, size=manifest.size).conditions(NAMES)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in HeartBeat(PRESETS[manifest.preset]).parameters())
+    graphs = flops.bundle_flop(bundle)
+    ways = [(EAGER, "dpmpp_2m", plan.eager_steps), *plan.engines]
+    for name, sampler, steps in ways:
+        row: dict[str, Any] = {
+            "name": f"HeartBeat {manifest.name} (ours)",
+            "frames": manifest.frames,
+            "size": manifest.size,
+            "conditions": "all seven",
+            "evaluations": steps,
+            "parameters": parameters,
+            "flop": _flop(graphs, steps, name == EAGER) if graphs else None,
+            "source": f"bundle {manifest.name}, decode and encoders counted",
+            "assumed": "",
+        }
+        try:
+            engine = (
+                PlainEngine(HeartBeat.from_pretrained(plan.model), bundle)
+                if name == EAGER
+                else open_engine(name, bundle)
+            )
+        except EngineError as error:
+            yield row | {"how": name, "seconds": None, "why_not": str(error)}
+            continue
+        make = Generator(bundle, engine)  # type: ignore[arg-type]
+        samples = []
+        for i in range(-1, plan.runs):
+            start = time.perf_counter()
+            make(given, steps=steps, sampler=sampler, seed=i + 1)
+            if i >= 0:
+                samples.append(round(time.perf_counter() - start, 5))
+        how = name if name == EAGER else f"{engine.name} {engine.precision}, {sampler}"
+        yield row | {"how": how, "seconds": float(np.median(samples)), "clip_s": samples}
+
+
+def _flop(graphs: dict[str, int], steps: int, plain: bool) -> int:
+    """FLOP of a clip; the plain pass repeats at every step what the loop was relieved of."""
+    flop = flops.clip_flop(graphs, NAMES, steps, 1.0)
+    again = graphs["local"] + graphs["context"] + graphs["time"]
+    return flop + (steps - 1) * again if plain else flop
+
+
+def base(config: HeartBeatConfig = BASE) -> Peer:
+    """Our model of the paper's size: what the loop runs, and Stable Diffusion's decoder."""
+
+    def network() -> nn.Module:
+        return Denoiser(config.denoiser)
+
+    def call(module: Any) -> Any:
+        c, h = config.denoiser, config.latent
+        z = zeros(module, 1, config.frames, c.latent_channels, h, h)
+        local = zeros(module, 1, config.frames, c.local_channels, h, h)
+        text, image = (zeros(module, 1, n, c.context_dim) for n in (78, config.image.grid**2))
+        return module(z, zeros(module, 1), local, text, image)
+
+    def decoder() -> nn.Module:
+        from heartbeat_benchmarks.peer_networks import autoencoder
+
+        return autoencoder(config.codec.widths)
+
+    return Peer(
+        "HeartBeat base (ours)",
+        config.frames,
+        config.size,
+        "all seven",
+        20,
+        network,
+        call,
+        source="the preset, random weights",
+        assumed="20 steps without guidance, plain pass, encoders of text and image not counted",
+        decoder=decoder,
+        decode=decode_at(config.latent),
+        decodes=config.frames,
+        heavy=True,
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One table, and what each row rests on."""
+    head = ["system", "run by", "parameters", "frames", "pixels", "conditions", "evaluations"]
+    head += ["GFLOP/clip", "s/clip", "frames/s"]
+    rows = []
+    for row in result["rows"]:
+        seconds, flop = row["seconds"], row["flop"]
+        rate = None if seconds is None else row["frames"] / seconds
+        rows.append(
+            [
+                *(row["name"], row["how"], f"{row['parameters'] / 1e6:.1f} M"),
+                *(str(row["frames"]), f"{row['size']}²", row["conditions"]),
+                *(str(row["evaluations"]), "–" if flop is None else f"{flop / 1e9:,.0f}"),
+                *(results.number(seconds, 2), results.number(rate, 2)),
+            ]
+        )
+    notes = [
+        f"{row['name']}: {row['source']}; {row['assumed']}"
+        for row in result["rows"]
+        if row["assumed"]
+    ]
+    notes += [
+        f"{row['name']}, {row['how']}: not run ({row['why_not']})"
+        for row in result["rows"]
+        if row.get("why_not")
+    ]
+    about = f"matrix products: {said_peaks(result)}; {said_verdict(result)}"
+    return f"{results.markdown(head, rows)}\n\n{'. '.join([*notes, about])}."
