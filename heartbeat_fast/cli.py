@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="cpu", help="default: %(default)s; cuda, … by engine")
     how.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
     out = make.add_argument_group("output")
-    out.add_argument("--out", required=True, metavar="PATH", help=".gif .mp4 .webp .png or .npz")
+    out.add_argument(
+        "--out", required=True, metavar="PATH", help=".dcm .nii.gz .mp4 .gif .webp .png .npz"
+    )
     out.add_argument(
         "--preview",
         nargs="?",
@@ -228,14 +230,14 @@ def _names(options: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def _preview_path(options: argparse.Namespace) -> Path | None:
-    from heartbeat_fast.clip import writable
+    from heartbeat_fast.clip import PICTURES, writable
 
     if options.preview is None:
         return None
     out = Path(options.out)
     suffix = ".gif" if out.suffix.lower() == ".npz" else out.suffix
     path = writable(options.preview or out.with_name(f"{out.stem}.preview{suffix}"))
-    if path.suffix.lower() == ".npz":
+    if path.suffix.lower() not in PICTURES:
         raise FileError(f"{path}: a preview is a picture; wanted .gif, .mp4, .webp or .png")
     return path
 

@@ -251,4 +251,5 @@ _FORMATS = {
     ".nii": "heartbeat_fast.formats.nifti_writer",
     ".nii.gz": "heartbeat_fast.formats.nifti_writer",
 }
-SUFFIXES = (*_WRITERS, ".npz", *_FORMATS)
+PICTURES = tuple(_WRITERS)
+SUFFIXES = (*PICTURES, ".npz", *_FORMATS)
