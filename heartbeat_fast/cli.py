@@ -235,7 +235,7 @@ def _preview_path(options: argparse.Namespace) -> Path | None:
     if options.preview is None:
         return None
     out = Path(options.out)
-    suffix = ".gif" if out.suffix.lower() == ".npz" else out.suffix
+    suffix = out.suffix if out.suffix.lower() in PICTURES else ".gif"
     path = writable(options.preview or out.with_name(f"{out.stem}.preview{suffix}"))
     if path.suffix.lower() not in PICTURES:
         raise FileError(f"{path}: a preview is a picture; wanted .gif, .mp4, .webp or .png")
