@@ -21,9 +21,10 @@ from heartbeat_fast.heart import Motion, Shape, fetch, move
 from heartbeat_fast.record import VIEWS
 
 NEAREST = 0  # OpenCV's cv2.INTER_NEAREST
-# A dragged valve takes its surroundings along: σ of that region, and the farthest drag, as shares
-# of the image's side. Drags stay below σ, so that the warp is one to one.
-SURROUND, FARTHEST = 0.16, 0.12
+# A dragged valve takes its surroundings along, wholly within CORE of it, fading with σ SURROUND
+# beyond; FARTHEST is the longest drag. Shares of the image's side; a drag below 1.6 σ stays one to
+# one.
+CORE, SURROUND, FARTHEST = 0.10, 0.14, 0.12
 CARRIES = ("motion", "copy")
 Labels = NDArray[np.uint8]
 
@@ -185,8 +186,8 @@ def dragged(
         if weight == 0:
             continue
         x, y = float((line * columns).sum() / weight), float((line * rows).sum() / weight)
-        square = (columns - x - by[0]) ** 2 + (rows - y - by[1]) ** 2
-        share = np.exp(-square / (2 * (SURROUND * size) ** 2))
+        away = np.hypot(columns - x - by[0], rows - y - by[1]) - CORE * size
+        share = np.exp(-(np.maximum(away, 0) ** 2) / (2 * (SURROUND * size) ** 2))
         source = np.stack([columns - by[0] * share, rows - by[1] * share], -1).astype(np.float32)
         new_labels[t] = fetch(labels[t], source, NEAREST)
         new_skeleton[t] = fetch(line, source)

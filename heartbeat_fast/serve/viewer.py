@@ -23,6 +23,7 @@ from heartbeat_fast.serve.scene import Controls, Scene, scene
 from heartbeat_fast.stream import Cancelled, Session
 
 RATE = 25.0  # frames a second to each viewer
+ON_THE_WAY = 2  # frames that a viewer who says what it has seen can have unseen
 KEPT = 64  # overlays of versions that are on their way to the screen
 
 Send = Callable[[Any], Awaitable[None]]
@@ -43,6 +44,9 @@ class Viewer:
         self._controls, self._revision = controls, 0
         self._changed = asyncio.Event()
         self._changed.set()
+        self._sent = 0  # frames
+        self._seen: int | None = None  # the last one the viewer says it has shown, if it says so
+        self._saw = asyncio.Event()
         self._session: Session | None = None
         self._opened = asyncio.Event()
         # What each of the session's versions shows: the viewer's revision, overlay and spacing.
@@ -51,15 +55,21 @@ class Viewer:
     def tell(self, message: Any) -> None:
         """Takes a message of the viewer: any fields of Controls, and `revision`, its own count.
 
+        Or `seen`, the number of the last frame it has shown: then no more than ON_THE_WAY follow
+        it, and what socket buffers would hoard is never sent.
+
         Raises:
             ConditionError: names the field, what came, and what is wanted.
         """
         if not isinstance(message, dict):
             raise ConditionError(f"message: {type(message).__name__} came; wanted a JSON object")
         fields = dict(message)
-        revision = fields.pop("revision", self._revision + 1)
-        if type(revision) is not int or not 0 <= revision < 2**53:
-            raise ConditionError(f"revision: {revision!r:.40} came; wanted a whole number")
+        if "seen" in fields:
+            self._seen = _whole("seen", fields.pop("seen"))
+            self._saw.set()
+            if not fields:
+                return
+        revision = _whole("revision", fields.pop("revision", self._revision + 1))
         self._controls = self._controls.updated(fields, self.frames, self.size)
         self._revision = revision
         self._changed.set()
@@ -126,7 +136,11 @@ class Viewer:
                 await asyncio.sleep(1)
                 continue
             playing = session
+            self._sent += 1
             await self._show(self._message(session, frame, dropped))
+            while self._seen is not None and self._sent - self._seen >= ON_THE_WAY:
+                self._saw.clear()
+                await self._saw.wait()
             due += 1 / RATE
             late = time.monotonic() - due
             if late > 0:
@@ -149,7 +163,7 @@ class Viewer:
             "frame": index,
             "frames": beat,
             "phase": round(frame.phase, 4),
-            "number": frame.number,
+            "number": self._sent,
             "time": frame.time,
             "revision": revision,
             "making": session.wish.version != frame.version,
@@ -167,6 +181,12 @@ class Viewer:
             "synthetic": True,
         }
         return frame_message(header, frame.pixels, overlay[index])
+
+
+def _whole(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ConditionError(f"{name}: {value!r:.40} came; wanted a whole number")
+    return value
 
 
 async def serve_viewer(viewer: Viewer, listen: Awaitable[None]) -> list[BaseException]:

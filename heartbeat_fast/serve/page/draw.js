@@ -1,5 +1,7 @@
 // Tools on the picture: a brush for each label, and a hand for the mitral valve.
 
+import { base64 } from "./stream.js";
+
 const EVERY = 150; // milliseconds between two positions of a dragged valve on their way out
 
 export class Tools {
@@ -65,7 +67,8 @@ export class Tools {
   }
 
   send() {
-    return this.hooks.send({ paint: this.painted && { ...this.painted, carry: this.carry } });
+    const { frame, labels } = this.painted;
+    return this.hooks.send({ paint: { frame, labels: base64(labels), carry: this.carry } });
   }
 
   hover(at) {

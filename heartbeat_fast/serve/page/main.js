@@ -38,14 +38,21 @@ const tools = new Tools(picture, {
 
 // Frames ------------------------------------------------------------------------------------------
 
+let newest = null; // the frame that came last: drawn when the screen is ready for it
+
 stream.addEventListener("frame", ({ detail }) => {
-  const { header } = detail;
-  const k = header.frame;
-  state.frames[k] = { ...detail, ...split(detail.overlay) };
-  report(detail);
-  if (state.until !== null && header.revision >= state.until) release();
-  if (state.playing && !state.frozen) show(k);
+  if (newest === null) requestAnimationFrame(draw);
+  newest = detail;
+  state.frames[detail.header.frame] = detail;
 });
+
+function draw() {
+  const { header } = newest;
+  newest = null;
+  if (state.until !== null && header.revision >= state.until) release();
+  if (state.playing && !state.frozen) show(header.frame);
+  report(header, stream.seen(header));
+}
 
 function split(overlay) {
   const labels = new Uint8Array(overlay.length);
@@ -61,7 +68,8 @@ function show(k) {
   const frame = state.frames[k];
   if (!frame) return;
   state.shown = k;
-  picture.show(frame.header.width, frame.grey, frame.labels, frame.valve);
+  const { labels, valve } = split(frame.overlay);
+  picture.show(frame.header.width, frame.grey, labels, valve);
   $("phase").max = frame.header.frames - 1;
   $("phase").value = k;
   $("phase-of").value = `${k + 1} / ${frame.header.frames}`;
@@ -78,7 +86,7 @@ function release() {
 
 const rate = { since: performance.now(), count: 0 };
 
-function report({ header, latency }) {
+function report(header, latency) {
   if (latency !== null) $("latency").textContent = `${Math.round(latency)} ms`;
   $("making").hidden = !header.making;
   rate.count += 1;

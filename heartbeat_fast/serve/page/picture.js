@@ -71,9 +71,9 @@ export class Picture {
         const u = x - dx;
         const v = y - dy;
         const line = u >= 0 && v >= 0 && u < size && v < size ? valve[v * size + u] : 0;
-        if (line > 12) {
+        if (line > 20) {
           colour = VALVE;
-          alpha = Math.max(alpha, 4 * line);
+          alpha = Math.max(alpha, 3 * line);
         }
         const k = 4 * i;
         if (colour) [data[k], data[k + 1], data[k + 2]] = colour;

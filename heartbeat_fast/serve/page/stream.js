@@ -53,13 +53,19 @@ export class Stream extends EventTarget {
     const count = header.height * header.width;
     const grey = new Uint8Array(buffer, 4 + length, count);
     const overlay = new Uint8Array(buffer, 4 + length + count, count);
+    this.say("frame", { header, grey, overlay });
+  }
+
+  /** Says that a frame is on the screen; gives the milliseconds since its change, the first time. */
+  seen({ number, revision }) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ seen: number }));
     let latency = null;
-    for (const [revision, at] of this.sent) {
-      if (revision > header.revision) continue;
-      if (revision === header.revision) latency = performance.now() - at;
-      this.sent.delete(revision);
+    for (const [mine, at] of this.sent) {
+      if (mine > revision) continue;
+      if (mine === revision) latency = performance.now() - at;
+      this.sent.delete(mine);
     }
-    this.say("frame", { header, grey, overlay, latency });
+    return latency;
   }
 
   say(kind, detail) {
