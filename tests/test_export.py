@@ -108,7 +108,7 @@ def exported(nano_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         build,
         "to_onnx",
-        lambda part, _: onnx.load_from_string(nano_bundle.read(by_outputs[part.outputs])),
+        lambda part, *_, **__: onnx.load_from_string(nano_bundle.read(by_outputs[part.outputs])),
     )
 
 
@@ -126,6 +126,8 @@ def test_command_from_folder_to_bundle(
     # The same model is the same bundle, whichever way it came.
     assert bundle.manifest.fingerprints == nano_bundle.manifest.fingerprints
     assert "8 graphs" in capsys.readouterr().out
+    manifest = bundle.manifest
+    assert (manifest.precision, manifest.flavour, manifest.opset) == ("fp32", "standard", 21)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,17 @@ def test_the_gate() -> None:
         parity.gate({"text": parity.relative_error(np.array([np.nan]), np.ones(1))}, 45.0)
     with pytest.raises(ExportError, match=r"clip at 39.0 dB"):
         parity.gate({"text": 1e-4}, 39.0)
+
+
+def test_the_gate_of_a_lower_precision_is_wider_but_no_door() -> None:
+    parity.gate({"text": 4e-3}, 36.0, "fp16")
+    parity.gate({"text": 3e-2}, 26.0, "bf16")
+    with pytest.raises(ExportError, match=r"at most 0.005 passes"):
+        parity.gate({"text": 6e-3}, 60.0, "fp16")
+    with pytest.raises(ExportError, match=r"at most 0.04 passes"):
+        parity.gate({"text": 5e-2}, 60.0, "bf16")
+    with pytest.raises(ExportError, match=r"at least 25.0 passes"):
+        parity.gate({"text": 1e-2}, 24.0, "bf16")
 
 
 def test_a_full_disk_writes_nothing(

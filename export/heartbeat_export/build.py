@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 import torch
 
-from heartbeat_export import fingerprints, parity
+from heartbeat_export import fingerprints, parity, weight_map
 from heartbeat_export.sampler_tables import build_tables
-from heartbeat_export.to_onnx import ExportError, signature, to_onnx
+from heartbeat_export.to_onnx import PLAIN, ExportError, Recipe, signature, to_onnx
 from heartbeat_fast.bundle import (
     SCHEMA_VERSION,
     Bundle,
@@ -21,7 +21,6 @@ from heartbeat_fast.bundle import (
     describe,
     replacing,
 )
-from heartbeat_fast.engines.base import open_engine
 from heartbeat_fast.engines.torch_engine import TorchEngine
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.models.graphs import Tensors, build_graphs, example_inputs, round_to_half
@@ -47,6 +46,7 @@ def build_bundle(
     licence: str = "Apache-2.0",
     provenance: dict[str, Any] | None = None,
     card: str = "",
+    recipe: Recipe = PLAIN,
     say: Say = lambda line: None,
 ) -> Manifest:
     """Writes a bundle folder, whole and past the parity gate, or not at all.
@@ -57,6 +57,7 @@ def build_bundle(
         revision: of the source, e.g. `git describe`.
         provenance: data, training recipe, figures; JSON values.
         card: text of README.md; a short one is written where none is given.
+        recipe: precision, opset and flavour of the graphs.
         say: called with one line a step.
 
     Raises:
@@ -66,7 +67,7 @@ def build_bundle(
     round_to_half(model)
     inputs = example_inputs(model)
     with replacing(out) as folder:
-        graphs, arch = _write_graphs(model, inputs, folder, say)
+        graphs, arch = _write_graphs(model, inputs, folder, recipe, say)
         config = model.config
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -85,6 +86,9 @@ def build_bundle(
             fingerprints={"arch": arch, "weights": weights_of(model)},
             parity={},
             provenance=provenance or {},
+            precision=recipe.precision,
+            flavour=recipe.flavour,
+            opset=recipe.opset,
         )
         manifest.files.update(_write_files(manifest, model, tokenizer, folder, card))
         _write_manifest(manifest, folder)
@@ -100,14 +104,14 @@ def weights_of(model: HeartBeat) -> str:
 
 
 def _write_graphs(
-    model: HeartBeat, inputs: dict[str, Tensors], folder: Path, say: Say
+    model: HeartBeat, inputs: dict[str, Tensors], folder: Path, recipe: Recipe, say: Say
 ) -> tuple[dict[str, GraphSpec], str]:
-    """Every graph's file and manifest entry, and the architecture fingerprint."""
+    """Every graph's file and manifest entry, the weights' map, the architecture fingerprint."""
     specs: dict[str, GraphSpec] = {}
     protos: dict[str, onnx.ModelProto] = {}
     for graph, part in build_graphs(model).items():
         say(f"graph {graph}")
-        protos[graph] = to_onnx(part, inputs[graph])
+        protos[graph] = to_onnx(part, inputs[graph], **vars(recipe))
         path = folder / f"{graph}.onnx"
         path.write_bytes(protos[graph].SerializeToString())
         ends = (
@@ -115,6 +119,8 @@ def _write_graphs(
             signature(list(protos[graph].graph.output)),
         )
         specs[graph] = GraphSpec(**vars(describe(path)), inputs=ends[0], outputs=ends[1])
+    weights = json.dumps(weight_map.build(protos, model))
+    (folder / "weights_map.json").write_text(weights, "utf-8")
     return specs, fingerprints.arch(protos)
 
 
@@ -139,18 +145,18 @@ def _write_files(
     (folder / "config.json").write_bytes(fingerprints.configuration(config))
     (folder / "README.md").write_text(card or CARD.format(**vars(manifest)), "utf-8")
     names = {"samplers": "samplers.json", "tokenizer": "tokenizer.json", "card": "README.md"}
-    names["config"] = "config.json"
+    names |= {"config": "config.json", "weights_map": "weights_map.json"}
     return {key: describe(folder / file) for key, file in names.items()}
 
 
 def _measure(model: HeartBeat, inputs: dict[str, Tensors], folder: Path) -> dict[str, Any]:
     """Parity of the written bundle; raises ExportError where it fails the gate."""
     bundle = Bundle.open(folder)
-    engine = open_engine("onnxruntime", bundle)
+    engine = parity.engine_for(bundle, model)
     reference = TorchEngine(model, bundle)
     errors = parity.graph_errors(engine, reference, inputs)
     decibels = parity.clip_psnr(Generator(bundle, engine), Generator(bundle, reference))
-    parity.gate(errors, decibels)
+    parity.gate(errors, decibels, bundle.manifest.precision)
     return {
         "engine": engine.name,
         "reference": f"torch {torch.__version__}",

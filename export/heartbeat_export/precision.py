@@ -162,6 +162,11 @@ def _restore_outputs(rewriter: _Rewriter, outputs: set[str]) -> None:
             for i, name in enumerate(names):
                 names[i] = renamed.get(name, name)
     for name, low in sorted(renamed.items()):
+        shape = next(v.type.tensor_type.shape for v in rewriter.graph.output if v.name == name)
+        value = helper.make_tensor_value_info(low, LOW[rewriter.precision], ())
+        value.type.tensor_type.shape.CopyFrom(shape)
+        rewriter.graph.value_info.append(value)
+        rewriter.types[low] = LOW[rewriter.precision]
         rewriter.nodes.append(
             helper.make_node("Cast", [low], [name], f"{name}.cast", to=TensorProto.FLOAT)
         )

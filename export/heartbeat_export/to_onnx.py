@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from heartbeat_export import precision as precisions
 from heartbeat_export import weight_map, weight_sources
@@ -32,6 +33,18 @@ from heartbeat_kernels import to_onnx as hb
 Flavour = Literal["standard", "plugin"]
 OPSET = 21
 OPSETS = (21, 23)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What graphs are written as; `to_onnx` says what each means."""
+
+    precision: Precision = "fp32"
+    opset: int = OPSET
+    flavour: Flavour = "standard"
+
+
+PLAIN = Recipe()
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def trace(
     """
     if opset not in OPSETS or flavour not in get_args(Flavour):
         raise ExportError(f"opset {opset}, flavour {flavour} came; wanted 21 or 23, {Flavour}")
-    model, plugin = graph.module.model, flavour == "plugin"
+    model, plugin = _model(graph), flavour == "plugin"
     use_kernels(model, "triton" if plugin else "reference")
     try:
         with _quiet():
@@ -110,9 +123,11 @@ def with_weights(traced: Traced, graph: Graph, precision: Precision = "fp32") ->
     """
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
+    if precision == "bf16" and model.opset_import[0].version < 22:
+        raise ExportError("bf16: ONNX has bfloat16 convolutions from opset 22 on: choose opset 23")
     wanted = precisions.lower(model, set(traced.sources), precision)
     weights_to_half(model)
-    part = graph.module.model
+    part = _model(graph)
     parameters, state = dict(part.named_parameters()), part.state_dict()
     size, casts = 0, []
     for (name, at), initializer in wanted.items():
@@ -135,6 +150,12 @@ def with_weights(traced: Traced, graph: Graph, precision: Precision = "fp32") ->
         weight_map.fill(tensor, source, dtype, state[source.key])
     _prepend(model.graph, casts)
     onnx.checker.check_model(model)
+    return model
+
+
+def _model(graph: Graph) -> nn.Module:
+    """What owns the graph's weights: the model that a Part holds, else the module itself."""
+    model: nn.Module = getattr(graph.module, "model", graph.module)
     return model
 
 

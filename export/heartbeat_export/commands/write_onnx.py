@@ -16,13 +16,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--licence", default="Apache-2.0", help="of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="what the graphs compute in; inputs and outputs stay float32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        choices=(21, 23),
+        help="ONNX's; 23 has Attention nodes (default: 21, and 23 for bf16, which needs it)",
+    )
+    parser.add_argument(
+        "--flavour",
+        choices=("standard", "plugin"),
+        default="standard",
+        help="plugin: nodes of the domain hb, for TensorRT with our plugins (default: %(default)s)",
+    )
     parser.add_argument("--revision", default="", help="of the source (default: ask git)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Writes a bundle, past the parity gate against torch, or nothing."""
     from heartbeat_export.build import build_bundle, load_folder  # torch: only when work is to do
+    from heartbeat_export.to_onnx import Recipe
 
+    opset = options.opset or (23 if options.precision == "bf16" else 21)
     model, tokenizer, provenance, card = load_folder(options.model)
     manifest = build_bundle(
         model,
@@ -33,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         licence=options.licence,
         provenance=provenance,
         card=card,
+        recipe=Recipe(options.precision, opset, options.flavour),
         say=lambda line: print(line, file=sys.stderr),
     )
     size = sum(graph.bytes for graph in manifest.graphs.values()) / 1e6
