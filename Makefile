@@ -4,7 +4,7 @@ DEMO   := .venv-demo
 DEV    := .venv
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench host clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/heartbeat sample --from phantom:7 --seed 1 --out out/clip.gif --preview out/demo.gif --json out/demo.json
@@ -19,6 +19,12 @@ lint: $(DEV)/.installed
 
 bench: $(DEV)/.installed
 	$(DEV)/bin/heartbeat-bench latency
+
+# The C++ host, beside Python's clip of the same seed.
+host: $(DEV)/.installed
+	cmake -S examples/cpp -B out/cpp
+	cmake --build out/cpp
+	$(DEV)/bin/python examples/cpp/compare.py out/cpp/heartbeat_host --preview out/cpp_host.png
 
 # The demo's environment holds the runtime only: no torch.
 $(DEMO)/.installed: pyproject.toml
