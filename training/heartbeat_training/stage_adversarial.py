@@ -27,7 +27,7 @@ SMOOTH = 6.0
 WIDTHS = (32, 64, 96)
 # Weights of the losses. Plain L1 punishes every grain that is not the real one: with weight 1 the
 # decoder drew smears and a regular dot pattern that only had the right power (docs/decisions.md).
-LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, HOLD = 4.0, 0.1, 2.0, 0.05, 0.3, 0.01
+LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, WHOLE, HOLD = 4.0, 0.1, 2.0, 0.05, 0.3, 2.5, 0.01
 WARM = 150  # steps before the discriminator is believed
 # Groups of frequencies whose power is compared: rings (cycles/pixel), each in four orientations,
 # since grain lies across the beam.
@@ -35,6 +35,7 @@ WARM = 150  # steps before the discriminator is believed
 BANDS, LOWEST, HIGHEST, WAYS = 15, 0.02, 0.7325, 4
 GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
 FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
+WEAKEST = 1e-3  # the same where there is tissue
 TISSUE = (0.25, 0.8)  # mean grey over SPECKLED pixels where mean power is asked for
 SPECKLED, RIM = 4.0, 3  # pixels
 TOGETHER = 4  # frames of a clip that are drawn at once where frames come in clips
@@ -151,14 +152,14 @@ class AdversarialCodecStage:
         band = (drawn - wanted).abs().mean()
         grain = (noise - wanted)[..., FINE:].abs().mean()
         # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too,
-        # over tissue alone: echoes of valves and edges of chambers hid that walls lacked 1–2 dB.
+        # over tissue alone (echoes of valves and edges of chambers hid that walls lacked 1–2 dB),
+        # over several frames of a clip before the logarithm, and squared, since over clips too
+        # a median lay 1 dB under the mean.
         tissue = _tissue(real)
-        # Several frames of a clip are averaged before the logarithm: of one frame's few patches a
-        # typical logarithm lies 1 dB under that of their mean.
         means = [_mean_power(x, tissue, shift) for x in (made, real)]
         if len(real) % self.together == 0:
             means = [m.unflatten(0, (-1, self.together)).mean(1) for m in means]
-        whole = ((means[0] + FLOOR).log() - (means[1] + FLOOR).log()).abs().mean()
+        whole = ((means[0] + WEAKEST).log() - (means[1] + WEAKEST).log()).square().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
             F.relu(1 - self.critic(real).float()).mean()
@@ -169,7 +170,8 @@ class AdversarialCodecStage:
             LOW * low
             + PLAIN * l1
             + OUTSIDE * outside
-            + BAND * (band / 2 + 4 * whole + grain)
+            + BAND * (band / 2 + grain)
+            + WHOLE * whole
             + believed * fool
             + judge
         )
