@@ -167,7 +167,7 @@ def test_flop_of_a_node(
         for pair in zip(names, [kind] * len(names), inputs, strict=True)
     ]
     result = onnx.helper.make_tensor_value_info("o", kind, out)
-    node = onnx.helper.make_node(op, names, ["o"], **attributes)
+    node = onnx.helper.make_node(op, names, ["o"], **attributes)  # type: ignore[arg-type]
     assert (
         flops.count(onnx.helper.make_model(onnx.helper.make_graph([node], "g", values, [result])))
         == wanted

@@ -66,8 +66,7 @@ def test_rungs(fallen: dict[str, Any]) -> None:
     assert waterfall.SMALL in fallen["absent"]
     first, hoisted, *_, last = fallen["rows"]
     assert first["speedup"] == first["step_gain"] == 1
-    assert hoisted["spectrum_db"] < 0.05  # hoisting changes the order of sums, not the clip
-    assert abs(hoisted["ssim_change"]) < 1e-3
+    assert abs(hoisted["ssim_change"]) < 1e-3  # the order of sums changes, not the clip
     assert last["speedup"] == pytest.approx(first["median_ms"] / last["median_ms"])
     assert len(last["stages"]["total"]["samples"]) == 3
     assert len(fallen["targets"]) == 4

@@ -1,6 +1,7 @@
 """`heartbeat-bench waterfall` as tables and as a plot."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -59,7 +60,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     for target in result["targets"]:
         sign = "≥" if target["at_least"] else "≤"
         state = "kept" if target["kept"] else "MISSED"
-        lines.append(f"{state}: {target['what']} {target['value']:.3f} ({sign} {target['bound']})")
+        value = results.number(target["value"])
+        lines.append(f"{state}: {target['what']} {value} ({sign} {target['bound']})")
     return [*lines, verdict(result)]
 
 
@@ -86,7 +88,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         quality = row["quality"]
         said = (
             f" {whole:.2f} s, {row['speedup']:.1f} ×   SSIM {quality['ssim']:.3f}  "
-            f"Dice {quality['dice']:.3f}  {row['spectrum_db']:.1f} dB"
+            f"Dice {quality['dice']:.3f}  {results.number(row['spectrum_db'], 1)} dB"
         )
         inside = whole > 0.55 * longest
         x, side = (whole - 0.01 * longest, "right") if inside else (whole, "left")
@@ -105,7 +107,10 @@ def parts(row: dict[str, Any]) -> dict[str, float]:
     """Seconds by stage that add up to the row's median; a pipelined row shows what it waits for."""
     whole = row["median_ms"] / 1e3
     found = {
-        stage: sum(row["stages"].get(name, {}).get("p50", 0.0) for name in names) / 1e3
+        stage: sum(
+            median(row["stages"][name]["samples"]) for name in names if name in row["stages"]
+        )
+        / 1e3
         for stage, names in STAGES.items()
     }
     found["other"] = max(0.0, whole - sum(found.values()))
