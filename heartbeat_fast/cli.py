@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from heartbeat_fast.errors import FileError, HeartBeatError
+from heartbeat_fast.serve.commands import add as add_serve
 
 if TYPE_CHECKING:  # numpy and all that is ours load when a command runs, not for --help
     from heartbeat_fast.generator import Progress
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
     _add_json(doctor)
+    add_serve(commands)
     return parser
 
 

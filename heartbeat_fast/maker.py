@@ -41,7 +41,7 @@ class Maker:
         self._memory = Memory()
         self._beat: tuple[Anatomy, Beat] | None = None
         self._beats = 0
-        self._patient: Anatomy | None = None
+        self._patient: int | None = None
 
     def make(self, wish: Wish, check: Callable[[], None]) -> Made:
         """A clip of a wish.
@@ -74,8 +74,9 @@ class Maker:
         watch, memory, settings = Stopwatch(), self._memory, self.settings
         values: dict[str, Any] = dict(wish.values)
         spacing, fps = settings.spacing_mm, settings.fps
-        if wish.anatomy != self._patient:  # another heart does not start from this one's latents
-            self._patient, memory.latents = wish.anatomy, None
+        patient = None if wish.anatomy is None else wish.anatomy.seed
+        if patient != self._patient:  # another heart does not start from this one's latents
+            self._patient, memory.latents = patient, None
         if (heart := wish.heart()) is not None:
             with watch("anatomy"):
                 moving = self._moving(heart)

@@ -8,15 +8,13 @@ an anatomy by ejection fraction and heart rate. Legend: F frames, H W pixels.
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Lock, Thread
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from heartbeat_fast.bundle import Manifest
 from heartbeat_fast.clip import Clip
 from heartbeat_fast.conditions import NAMES, Conditions
 from heartbeat_fast.controls import Settings, Wish, check_control, host_array
@@ -90,6 +88,16 @@ class Session:
     def wish(self) -> Wish:
         """The latest conditions and controls."""
         return self._wish
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle that is run now."""
+        return self._maker.warm.bundle.manifest
+
+    @property
+    def spacing_mm(self) -> tuple[float, float]:
+        """Of the clip made last: (rows, columns)."""
+        return self._last.clip.spacing_mm if self._last else self.settings.spacing_mm
 
     def set(self, **changes: Any) -> int:
         """Changes conditions and controls; None takes a condition away.
@@ -188,7 +196,7 @@ class Session:
     def _checked(self, name: str, value: Any) -> Any:
         if name not in NAMES or value is None:
             return value if name in NAMES else check_control(name, value)
-        manifest = self._maker.warm.bundle.manifest
+        manifest = self.manifest
         given: dict[str, Any] = {name: host_array(name, value)}
         one = Conditions(**given, frames=manifest.frames, size=manifest.size)
         if name == "text" and one.text:
@@ -258,37 +266,3 @@ class Session:
                 self._retry = time.monotonic() + self._wait
                 self._wait = min(2 * self._wait, LONGEST_RETRY)
             self._lock.notify_all()
-
-
-def next_batch(
-    sessions: Sequence[Session], out: Any = None, timeout: float | None = None
-) -> NDArray[np.uint8]:
-    """The next clips of many sessions, in one call.
-
-    Args:
-        out: where they go, uint8 (N,F,H,W): numpy, torch or anything with DLPack on the CPU.
-        timeout: seconds for all of them.
-
-    Returns:
-        `out` as a numpy view, or a new array. Each clip is copied into it once.
-
-    Raises:
-        DeadlineError, EngineError: as `Session.next`, of the first session that fails.
-        ConditionError: out is of another shape or type.
-    """
-    start = time.monotonic()
-    batch = None if out is None else host_array("out", out)
-    for i, session in enumerate(sessions):
-        left = None if timeout is None else max(timeout - (time.monotonic() - start), 0.0)
-        frames = session.next(left).frames
-        if batch is None:
-            batch = np.empty((len(sessions), *frames.shape), np.uint8)
-        if batch.shape != (len(sessions), *frames.shape) or batch.dtype != np.uint8:
-            raise ConditionError(
-                f"out: {batch.dtype} {batch.shape} came; wanted uint8 "
-                f"{(len(sessions), *frames.shape)}"
-            )
-        batch[i] = frames
-    if batch is None:
-        raise ConditionError("sessions: none came; wanted one or more")
-    return np.asarray(batch)

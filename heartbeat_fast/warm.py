@@ -4,15 +4,17 @@ One `Warm` serves any number of sessions; what belongs to one of them is in its 
 Legend: F frames, C channels, h w latents, S steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from heartbeat_fast.carry import resume
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.engines.base import Arrays
+from heartbeat_fast.errors import EngineError
 from heartbeat_fast.generator import (
     LOCAL,
     TEMPERATURE,
@@ -23,7 +25,9 @@ from heartbeat_fast.generator import (
     Stopwatch,
 )
 from heartbeat_fast.sampler import SamplerTable, choose
+from heartbeat_fast.speckle import texture
 
+Model = Callable[[Float, int, Encoded], Float]
 # Which conditions each encoder reads. It sees the flags of its own ones only.
 GROUPS: dict[str, tuple[str, ...]] = {"text": ("text", "ef"), "image": ("image",), "local": LOCAL}
 
@@ -128,21 +132,70 @@ class Warm(Generator):
     ) -> Float:
         """As `denoise`, from step `start` on, from latents (1,F,C,h,w) noised to its level."""
         watch = watch or Stopwatch()
-        with watch("time"):
-            times = self._time_embeddings(table)
-        null = None
-        if guidance != 1.0:
-            null = self._null = self._null or self.encode(self._nothing(), watch)
+        model = self.model(table, guidance, watch)
         noise = np.float32(temperature) * self._latent_noise(seed)
 
-        def model(z: Float, i: int) -> Float:
-            out = self._out(z, times[i], encoded)
-            if null is not None:
-                base = self._out(z, times[i], null)
-                out = base + np.float32(guidance) * (out - base)
+        def step(z: Float, i: int) -> Float:
+            out = model(z, i, encoded)
             if progress is not None:
                 progress(i + 1, table.steps)
             return out
 
         with watch("denoise"):
-            return resume(table, model, latents, noise, start)
+            return resume(table, step, latents, noise, start)
+
+    def model(self, table: SamplerTable, guidance: float, watch: Stopwatch) -> Model:
+        """The guided denoiser at a table's times: (z, i, encoded) → output of z's shape."""
+        with watch("time"):
+            times = self._time_embeddings(table)
+        null = None
+        if guidance != 1.0:
+            null = self._null = self._null or self.encode(self._nothing(), watch)
+
+        def model(z: Float, i: int, encoded: Encoded) -> Float:
+            out = self._out(z, times[i], encoded)
+            if null is not None:
+                base = self._out(z, times[i], null)
+                out = base + np.float32(guidance) * (out - base)
+            return out
+
+        return model
+
+    def noise(self, seed: int, frames: int) -> Float:
+        """Initial unit noise of a take (1,L,C,h,w), with the share that all frames have in common.
+
+        As a clip's own, for another number of frames.
+        """
+        manifest = self.bundle.manifest
+        rng = np.random.Generator(np.random.PCG64(seed))
+        shared = np.float32(manifest.shared_start)
+        own = rng.standard_normal((1, frames, *manifest.latent), np.float32)
+        common = rng.standard_normal((1, 1, *manifest.latent), np.float32)
+        return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
+
+    def decode_long(
+        self, z: Float, flow: NDArray[Any] | None, seed: int, watch: Stopwatch
+    ) -> NDArray[np.uint8]:
+        """Frames (L,H,W) of a take's latents (1,L,C,h,w); the decoder sees F of them at a time.
+
+        Raises:
+            EngineError: frames are not finite.
+        """
+        manifest, L = self.bundle.manifest, z.shape[1]
+        with watch("texture"):
+            stream = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+            grain = texture(flow, L, manifest.size, stream)[None]
+        out = np.empty((L, manifest.size, manifest.size), np.uint8)
+        for start in [*range(0, L - manifest.frames, manifest.frames), L - manifest.frames]:
+            part = slice(start, start + manifest.frames)
+            out[part] = self._frames(
+                np.ascontiguousarray(z[:, part]), np.ascontiguousarray(grain[:, part]), watch
+            )
+        return out
+
+    def _frames(self, z: Float, grain: Float, watch: Stopwatch) -> NDArray[np.uint8]:
+        with watch("decode"):
+            frames = self.engine.run("decode", {"z": z, "noise": grain})["frames"][0, :, 0]
+        if not np.isfinite(frames).all():
+            raise EngineError(f"engine {self.engine.name}: frames came out as NaN")
+        return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)

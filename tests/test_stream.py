@@ -16,7 +16,8 @@ from heartbeat_fast.controls import Settings
 from heartbeat_fast.errors import ConditionError, EngineError
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.sampler import SamplerError
-from heartbeat_fast.stream import Cancelled, DeadlineError, Session, next_batch
+from heartbeat_fast.stream import Cancelled, DeadlineError, Session
+from heartbeat_fast.takes import next_batch
 from heartbeat_fast.warm import GROUPS, Memory, Warm
 from tests.fixtures_toy import FRAMES, SIZE, ToyEngine, toy_bundle
 
