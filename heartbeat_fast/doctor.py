@@ -7,7 +7,9 @@ from typing import Any
 
 from heartbeat_fast import __version__
 from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.engines.auto import prospects
 from heartbeat_fast.engines.base import engine_class, names
+from heartbeat_fast.engines.cache import EngineCache
 from heartbeat_fast.engines.machine import processor, threads
 from heartbeat_fast.errors import BundleError
 from heartbeat_fast.inputs import sources
@@ -16,11 +18,13 @@ FORMATS = {"cv2": "media", "av": "media", "nibabel": "formats", "pydicom": "dico
 
 
 def examine(bundle: str | Path | None = None) -> dict[str, Any]:
-    """Everything `heartbeat doctor` says, as JSON values. Runs nothing and writes nothing."""
+    """Everything `heartbeat doctor` says, as JSON values. Runs no graph and makes no file."""
     engines = {}
     for name in names():
-        can, why = engine_class(name).available()
-        engines[name] = {"available": can, "detail": why}
+        kind = engine_class(name)
+        can, why = kind.available()
+        precisions = list(kind.precisions()) if can else []
+        engines[name] = {"available": can, "detail": why, "precisions": precisions}
     checked = _bundle(bundle)
     return {
         "ready": checked["sound"] and any(engine["available"] for engine in engines.values()),
@@ -30,6 +34,8 @@ def examine(bundle: str | Path | None = None) -> dict[str, Any]:
         "processor": processor(),
         "threads": threads(),
         "engines": engines,
+        "auto": prospects(Bundle.open(bundle), "auto") if checked["sound"] else [],
+        "cache": EngineCache().state(),
         "formats": {
             module: True if find_spec(module) else f"pip install 'heartbeat_fast[{extra}]'"
             for module, extra in FORMATS.items()
@@ -47,7 +53,10 @@ def describe(report: dict[str, Any]) -> str:
         f"processor  {cpu['name']}, {report['threads']} threads, {', '.join(cpu['flags']) or '-'}",
     ]
     for name, engine in report["engines"].items():
-        lines.append(f"engine     {_tick(engine['available'])} {name}: {engine['detail']}")
+        choice = f"; {', '.join(engine['precisions'])}" if engine["precisions"] else ""
+        lines.append(f"engine     {_tick(engine['available'])} {name}: {engine['detail']}{choice}")
+    lines += [f"auto       {i + 1}. {line}" for i, line in enumerate(report["auto"])]
+    lines.append(f"cache      {report['cache']}")
     for module, state in report["formats"].items():
         lines.append(
             f"formats    {_tick(state is True)} {module}{'' if state is True else ': '}"

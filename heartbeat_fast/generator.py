@@ -18,7 +18,7 @@ from heartbeat_fast import __version__
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.clip import Clip
 from heartbeat_fast.conditions import Conditions
-from heartbeat_fast.engines.base import Arrays, Engine, open_engine
+from heartbeat_fast.engines.base import Arrays, Engine, Looping, Resident, open_engine
 from heartbeat_fast.errors import ConditionError, EngineError
 from heartbeat_fast.reload import Follow
 from heartbeat_fast.sampler import SamplerTable, choose, sample
@@ -40,7 +40,8 @@ class Encoded:
     """What the loop needs of a clip's conditions.
 
     Args:
-        context: K and V of every cross-attention, by the denoise graph's input names.
+        context: K and V of every cross-attention, by the denoise graph's input names. These and
+            local are arrays, or what the engine keeps on its device.
         local: the local features' share of the first convolution, (1,F,C0,h,w).
     """
 
@@ -187,7 +188,7 @@ class Generator:
                 f"{manifest.name} wants {manifest.frames} of {manifest.size}"
             )
         arrays: Arrays = dict(conditions.arrays())
-        run = self.engine.run
+        run = self._keep
         with watch("text"):
             arrays["tokens"] = self._tokenizer.encode(conditions.text or "")
             text = run("text", {k: arrays[k] for k in ("tokens", "ef", "present")})
@@ -233,6 +234,9 @@ class Generator:
             return out
 
         with watch("denoise"):
+            if isinstance(self.engine, Looping) and self.engine.loops:
+                sets = [{"local": e.local, **e.context} for e in (encoded, null) if e is not None]
+                return self.engine.loop(table, times, sets, guidance, noise, progress)
             return sample(table, model, noise)
 
     def decode(
@@ -270,6 +274,11 @@ class Generator:
         common = rng.standard_normal((1, 1, *shape[2:]), np.float32)
         return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
 
+    def _keep(self, graph: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A graph's outputs, left on the engine's device where it can: only graphs take them."""
+        engine = self.engine
+        return (engine.keep if isinstance(engine, Resident) else engine.run)(graph, inputs)
+
     def _out(self, z: Float, temb: Float, encoded: Encoded) -> Float:
         inputs = {"z": z, "temb": temb, "local": encoded.local, **encoded.context}
         return self.engine.run("denoise", inputs)["out"]
@@ -278,7 +287,7 @@ class Generator:
         key = (table.name, table.steps)
         if key not in self._times:
             steps = (np.array([t], np.float32) for t in table.timesteps)
-            self._times[key] = [self.engine.run("time", {"t": t})["temb"] for t in steps]
+            self._times[key] = [self._keep("time", {"t": t})["temb"] for t in steps]
         return self._times[key]
 
     def _nothing(self) -> Conditions:

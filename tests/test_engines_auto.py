@@ -93,7 +93,7 @@ def test_numbers_that_are_none_do_not_pass(
     )
     errors = auto.graph_errors(engine, OnnxRuntimeEngine.open(nano_bundle), nano_bundle)
     assert set(errors.values()) == {float("inf")}
-    assert "fails parity" in auto.refusal(engine, errors)
+    assert "fails parity" in auto.refusal("openvino:fp32", "fp32", errors)
 
 
 def test_a_fallback_is_said_aloud(

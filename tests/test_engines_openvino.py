@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.engines import machine
 from heartbeat_fast.engines.cache import EngineCache
 from heartbeat_fast.engines.openvino_engine import OpenVinoEngine
 from heartbeat_fast.errors import BundleError, EngineError
@@ -171,12 +172,18 @@ def test_threads_are_pinned_only_on_a_whole_machine(
     nano_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = OpenVinoEngine(nano_bundle, precision="fp32")
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert engine._options("denoise")["ENABLE_CPU_PINNING"] is True
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = engine._options("denoise")
-    assert (options["ENABLE_CPU_PINNING"], options["INFERENCE_NUM_THREADS"]) == (False, 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "_processors", lambda: 4)
+    monkeypatch.setattr(machine, "_quota", lambda: 4)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    whole = engine._options("denoise")
+    assert (whole["ENABLE_CPU_PINNING"], whole["INFERENCE_NUM_THREADS"]) == (True, 0)
+    monkeypatch.setattr(machine, "_quota", lambda: 2)  # a container
+    part = engine._options("denoise")
+    assert (part["ENABLE_CPU_PINNING"], part["INFERENCE_NUM_THREADS"]) == (False, 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    part = engine._options("denoise")
+    assert (part["ENABLE_CPU_PINNING"], part["INFERENCE_NUM_THREADS"]) == (False, 3)
 
 
 def test_time_is_exact_at_every_precision(nano_bundle: Bundle, tmp_path: Path) -> None:
@@ -198,3 +205,15 @@ def test_without_warnings_where_all_is_well(nano_bundle: Bundle, tmp_path: Path)
         engine = OpenVinoEngine(nano_bundle, cache=EngineCache(tmp_path / "cache"))
         engine.run("time", {"t": np.zeros(1, np.float32)})
     assert engine.precision == OpenVinoEngine.precisions()[0]
+
+
+def test_int8_that_was_not_made_says_how(nano_bundle: Bundle, tmp_path: Path) -> None:
+    engine = OpenVinoEngine(nano_bundle, precision="int8", cache=EngineCache(tmp_path / "cache"))
+    inputs = {
+        spec.name: np.zeros(spec.shape, np.float32)
+        for spec in nano_bundle.manifest.graphs["denoise"].inputs
+    }
+    with pytest.raises(
+        EngineError, match=r"no int8 of bundle .*heartbeat-export quantise --bundle"
+    ):
+        engine.run("denoise", inputs)

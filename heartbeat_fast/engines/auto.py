@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heartbeat_fast import __version__
 from heartbeat_fast.bundle import GRAPHS, Bundle, TensorSpec
 from heartbeat_fast.engines.base import Arrays, Engine, engine_class, open_engine
 from heartbeat_fast.engines.cache import EngineCache
@@ -20,7 +21,7 @@ from heartbeat_fast.errors import EngineError
 # Expected speed, fastest first (docs/engines.md has the measurements). int8 is never chosen for
 # somebody: it changes the clip. torch needs a model folder, which a bundle does not bring.
 ON_CPU = ("openvino:bf16", "openvino:fp32", "onnxruntime")
-ON_GPU = ("onnxruntime",)
+ON_GPU = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 REFERENCES = ("onnxruntime", "openvino:fp32")  # the first that is installed, on the CPU
 # Relative L2 of any graph's output. Measured on tiny: fp32 3e-6, bf16 at most 1.3e-2.
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 5e-2}
@@ -49,7 +50,7 @@ def open_fastest(bundle: Bundle, device: str, cache: EngineCache | None = None) 
         except EngineError as error:
             reasons.append(f"engine {choice} failed: {error}")
             continue
-        if reason := refusal(engine, errors):
+        if reason := refusal(choice, engine.precision, errors):
             reasons.append(reason)
             continue
         if reasons:
@@ -80,22 +81,43 @@ def unfit(choice: str) -> str:
     return "" if can else f"engine {name} cannot run here: {why}"
 
 
-def refusal(engine: Engine, errors: dict[str, float]) -> str:
+def refusal(choice: str, precision: str, errors: dict[str, float]) -> str:
     """Why an engine with these errors is not used, "" if it is."""
-    allowed = TOLERANCE[engine.precision]
+    allowed = TOLERANCE[precision]
     worst = max(errors, key=lambda graph: errors[graph], default="")
     if not worst or errors[worst] <= allowed:
         return ""
     return (
-        f"engine {engine.name} {engine.precision} fails parity here: graph {worst} is "
+        f"engine {choice} ({precision}) fails parity here: graph {worst} is "
         f"{errors[worst]:.1e} from the reference, at most {allowed} passes"
     )
+
+
+def prospects(bundle: Bundle, device: str, cache: EngineCache | None = None) -> list[str]:
+    """What `auto` knows of each candidate before it opens one; a line each, for `doctor`."""
+    cache, lines = cache or EngineCache(), []
+    reference = _reference()
+    for choice, where in candidates(device):
+        name = f"{choice} on {where}"
+        if reason := unfit(choice):
+            lines.append(reason)
+        elif (choice, where) == (reference, "cpu"):
+            lines.append(f"{name}: the reference")
+        elif (content := cache.get(verdict_facts(choice, where, reference, bundle))) is None:
+            lines.append(f"{name}: parity not measured yet, the first start does")
+        else:
+            errors: dict[str, float] = json.loads(content)
+            precision = choice.partition(":")[2] or bundle.manifest.precision
+            worst = max(errors, key=lambda graph: errors[graph])
+            passed = f"{name}: passes parity, worst graph {worst} {errors[worst]:.1e}"
+            lines.append(refusal(choice, precision, errors) or passed)
+    return lines
 
 
 def judged(engine: Engine, choice: str, bundle: Bundle, cache: EngineCache) -> dict[str, float]:
     """Relative error of each graph, from the cache of verdicts or measured now; {} for the
     reference itself."""
-    reference = next((known for known in REFERENCES if not unfit(known)), "")
+    reference = _reference()
     if (choice, engine.device) == (reference, "cpu"):
         return {}
     facts = verdict_facts(choice, engine.device, reference, bundle)
@@ -108,13 +130,13 @@ def judged(engine: Engine, choice: str, bundle: Bundle, cache: EngineCache) -> d
 
 
 def verdict_facts(choice: str, device: str, reference: str, bundle: Bundle) -> dict[str, Any]:
-    """What a verdict depends on: the graphs' bytes, both engines' versions, the processor."""
+    """What a verdict depends on: the graphs' bytes, our version and both engines', the machine."""
     versions = {
         known: engine_class(known.partition(":")[0]).available()[1] for known in (choice, reference)
     }
     graphs = {name: spec.sha256 for name, spec in bundle.manifest.graphs.items()}
     return {
-        "verdict": 1,
+        "heartbeat_fast": __version__,
         "versions": versions,
         "device": device,
         "processor": processor(),
@@ -135,6 +157,10 @@ def graph_errors(engine: Engine, reference: Engine, bundle: Bundle) -> dict[str,
         if graph != "encode":
             known |= wanted
     return errors
+
+
+def _reference() -> str:
+    return next((known for known in REFERENCES if not unfit(known)), "")
 
 
 def _example(tensor: TensorSpec) -> NDArray[Any]:

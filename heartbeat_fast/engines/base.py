@@ -1,6 +1,6 @@
 """What an engine is, which there are, and how one is chosen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +18,8 @@ HOMES = {
     "openvino": "heartbeat_fast.engines.openvino_engine:OpenVinoEngine",
     "onnxruntime": "heartbeat_fast.engines.onnxruntime_engine:OnnxRuntimeEngine",
     "torch": "heartbeat_fast.engines.torch_engine:TorchEngine",
+    "tensorrt": "heartbeat_fast.engines.tensorrt_engine:TensorRtEngine",
+    "tensorrt_rtx": "heartbeat_fast.engines.tensorrt_rtx_engine:TensorRtRtxEngine",
 }
 
 
@@ -79,16 +81,18 @@ class Resident(Protocol):
 
 @runtime_checkable
 class Looping(Protocol):
-    """An engine that runs a whole sampler table on its device."""
+    """An engine that can run a whole sampler table on its device; `loops` says if it should."""
+
+    loops: bool
 
     def loop(
         self,
         table: SamplerTable,
         times: list[Any],
-        conditions: list[Mapping[str, Any]],
+        conditions: Sequence[Mapping[str, Any]],
         guidance: float,
         noise: NDArray[Any],
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[Any]:
         """The latents that sampler.sample gives of `noise`.
 
@@ -96,7 +100,7 @@ class Looping(Protocol):
             times: temb of every step.  conditions: the denoise graph's other inputs (local, kv_…)
                 by name: of the conditions; with guidance other than 1 also of none.
             guidance: null + w (conditioned − null).
-            progress: called after each step with how many are done.
+            progress: called with (steps done or queued, S).
         """
         ...
 

@@ -1,5 +1,6 @@
 """The machine that engines run on: processor, threads, graphics card."""
 
+import math
 import os
 import platform
 import shutil
@@ -16,9 +17,27 @@ def threads() -> int:
     """OMP_NUM_THREADS where set, else the processors this process may use."""
     if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(wanted) > 0:
         return int(wanted)
+    return min(_processors(), _quota())
+
+
+def is_whole() -> bool:
+    """Whether this process may use every processor there is, and nobody set a number."""
+    return not os.environ.get("OMP_NUM_THREADS") and threads() == os.cpu_count()
+
+
+def _processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _quota() -> int:
+    """Processors' worth of time a Linux container is allowed, which affinity does not show."""
+    try:
+        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, math.ceil(int(allowed) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return _processors()
 
 
 def processor() -> dict[str, Any]:

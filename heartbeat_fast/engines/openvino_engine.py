@@ -6,24 +6,25 @@ features stay as they are, and only the latents and the time embedding change.
 """
 
 import io
-import os
 import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.engines.base import Arrays, check_inputs, signature
 from heartbeat_fast.engines.cache import EngineCache
-from heartbeat_fast.engines.machine import threads
+from heartbeat_fast.engines.machine import is_whole, threads
 from heartbeat_fast.errors import EngineError, MissingDependency, optional
 
 # What a precision asks of the processor, and the type OpenVINO then computes in. Quantised layers
 # are int8; what stays between them is bfloat16 where there is that.
 NEEDS = {"bf16": "BF16", "fp32": "FP32", "int8": "INT8"}
+QUANTISATION = 1  # of the recipe in heartbeat_export/quantise.py: another makes other graphs
 QUANTISED = ("denoise", "decode")  # the other graphs run once a clip, or in microseconds
 # Sinusoids of t = 500 in bfloat16 were 2.3e-2 off (tiny), and this graph runs once a sampler.
 ALWAYS_EXACT = ("time",)
@@ -107,7 +108,7 @@ class OpenVinoEngine:
         """Runs one graph. Several threads may; of one graph each waits for the other.
 
         Raises:
-            EngineError: no such graph, an input that does not fit it, or no loading it.
+            EngineError: no such graph, an input that does not fit it, or a graph that fails.
             BundleError: the graph's file is not what the manifest says.
         """
         spec = signature(graph, self._bundle)
@@ -117,7 +118,11 @@ class OpenVinoEngine:
             for name, array in inputs.items():
                 if loaded.bound.get(name) is not array:
                     self._bind(loaded, name, array)
-            loaded.request.infer()
+            try:
+                loaded.request.infer()
+            except RuntimeError as error:  # a graph may load and still not run: ids out of range
+                reason = str(error).strip().splitlines()[-1]
+                raise EngineError(f"graph {graph}: openvino cannot run it: {reason}") from error
             # A copy: the request writes its next result to the same place.
             return {
                 tensor.name: loaded.request.get_tensor(tensor.name).data.copy()
@@ -154,7 +159,7 @@ class OpenVinoEngine:
             "capabilities": sorted(self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
             "options": options,
             "graph": spec.sha256,
-            "quantised": self._recipe() if quantised else "",
+            "int8": QUANTISATION if quantised else 0,
         }
 
         def build() -> bytes:
@@ -174,27 +179,38 @@ class OpenVinoEngine:
             raise EngineError(f"graph {graph}: openvino cannot load it: {reason}") from error
 
     def _options(self, graph: str) -> dict[str, Any]:
-        """One stream for the least latency. Threads are pinned to cores only where this process
-        has the whole machine: where others run beside it, pinned threads cannot get out of their
-        way."""
-        count = threads()
+        """One stream for the least latency. On a machine of its own OpenVINO takes one thread a
+        core and pins each; beside others, pinned threads could not get out of their way."""
         return {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32" if graph in ALWAYS_EXACT else self._between,
-            "INFERENCE_NUM_THREADS": count,
-            "ENABLE_CPU_PINNING": count == os.cpu_count(),
+            "INFERENCE_NUM_THREADS": 0 if is_whole() else threads(),
+            "ENABLE_CPU_PINNING": is_whole(),
         }
 
-    def _recipe(self) -> str:
-        from heartbeat_fast.engines.openvino_int8 import recipe  # loads nncf's version
-
-        return recipe()
-
     def _quantised(self, graph: str) -> Any:
-        """The graph with int8 layers, calibrated and past its gate; cached apart from compiling."""
-        from heartbeat_fast.engines.openvino_int8 import quantised
+        """The graph with int8 layers, which `heartbeat-export quantise` put into the cache.
 
-        return quantised(self._bundle, graph, self._cache)
+        Raises:
+            EngineError: it has not.
+        """
+        packed = self._cache.get(quantised_facts(self._bundle, graph))
+        if packed is None:
+            raise EngineError(
+                f"engine openvino: no int8 of bundle {self._bundle.manifest.name} on this machine: "
+                f"heartbeat-export quantise --bundle {self._bundle.path}"
+            )
+        length = int.from_bytes(packed[:8], "little")
+        weights = np.frombuffer(packed, np.uint8, offset=8 + length)
+        return self._core.read_model(packed[8 : 8 + length], self._ov.Tensor(weights.copy()))
+
+
+def quantised_facts(bundle: Bundle, graph: str) -> dict[str, Any]:
+    """What the cache knows a quantised graph by: the bytes of the exact one, and how it was made.
+
+    An entry is 8 bytes length of the XML (little endian), OpenVINO's XML, its weights.
+    """
+    return {"int8": QUANTISATION, "graph": bundle.manifest.graphs[graph].sha256}
 
 
 def _precisions(core: Any, device: str) -> tuple[str, ...]:
