@@ -1,5 +1,7 @@
 """What several test files share: a nano model with random weights, and its exported bundle."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
 
 PROMPTS = ["An ECHO with 2-chamber view.", "An ECHO with 4-chamber view.", "An ECHO."]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled graphs and verdicts of tests stay out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEARTBEAT_CACHE", str(tmp_path_factory.mktemp("cache") / "engines"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ COMMANDS = {  # command → module; none is called onnx, the library's name
     "rebuild": "rebuild",
     "rollback": "rollback",
     "engines": "engines",
+    "quantise": "quantise",
+    "triton-repository": "triton_repository",
 }
 
 
