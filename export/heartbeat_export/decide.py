@@ -8,7 +8,7 @@ of it stands the parity gate against torch (quick_gate.py).
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from heartbeat_export import fingerprints, weight_map
 from heartbeat_export.build import load_folder
 from heartbeat_export.errors import ExportError
 from heartbeat_export.sampler_tables import build_tables, few_step_table, probe, scheduler
+from heartbeat_export.to_onnx import Recipe
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.errors import HeartBeatError
 from heartbeat_fast.models.config import HeartBeatConfig
@@ -67,14 +68,6 @@ class Checkpoint:
         return cls(*load_folder(folder))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a bundle was asked to be, beside its model; None: as it is."""
-
-    precision: str | None = None
-    opset: int | None = None
-
-
 @dataclass
 class Decision:
     """A road and why.
@@ -100,8 +93,16 @@ class Decision:
         self.reasons.append(reason)
 
 
+def recipe_of(bundle: Bundle) -> Recipe:
+    """Precision, opset and flavour that the bundle was exported with."""
+    return Recipe(**{f.name: getattr(bundle.manifest, f.name) for f in fields(Recipe)})
+
+
 def decide(bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe | None = None) -> Decision:
-    """Compares a bundle with a checkpoint. Nothing is written."""
+    """Compares a bundle with a checkpoint, and its recipe with the one wanted (None: its own).
+
+    Nothing is written.
+    """
     decision = Decision()
     try:
         bundle.verify()
@@ -109,7 +110,7 @@ def decide(bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe | None = None)
         decision.take(Road.FULL, f"the bundle is not whole: {error}")
         return decision
     _compare_architecture(bundle, checkpoint.model, decision)
-    _compare_recipe(bundle, recipe or Recipe(), decision)
+    _compare_recipe(bundle, recipe or recipe_of(bundle), decision)
     if decision.road is not Road.FULL:
         _compare_weights(bundle, checkpoint.model, decision)
     if decision.road is not Road.FULL:
@@ -144,10 +145,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _compare_recipe(bundle: Bundle, recipe: Recipe, decision: Decision) -> None:
-    """Precision and opset are in the graphs: other ones mean other graphs."""
-    for name, wanted in vars(recipe).items():
-        has = getattr(bundle.manifest, name, None)
-        if wanted is not None and wanted != has:
+    """Precision, opset and flavour are in the graphs: other ones mean other graphs."""
+    for name, has in vars(recipe_of(bundle)).items():
+        if (wanted := getattr(recipe, name)) != has:
             decision.take(Road.FULL, f"{name}: the bundle's is {has}, wanted {wanted}")
 
 

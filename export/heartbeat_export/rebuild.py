@@ -19,17 +19,15 @@ import torch
 
 from heartbeat_export import fingerprints, parity, quick_gate, store, weight_map
 from heartbeat_export.build import build_bundle, weights_of
-from heartbeat_export.decide import Checkpoint, Decision, Recipe, Road, decide
+from heartbeat_export.decide import Checkpoint, Decision, Road, decide, recipe_of
 from heartbeat_export.errors import ExportError
-from heartbeat_export.to_onnx import to_onnx
+from heartbeat_export.to_onnx import Recipe, to_onnx
 from heartbeat_fast.bundle import Bundle, FileSpec, Manifest
-from heartbeat_fast.engines.base import open_engine
 from heartbeat_fast.engines.torch_engine import TorchEngine
 from heartbeat_fast.models.graphs import build_graphs, example_inputs, round_to_half
 
 Say = Callable[[str], None]
 NAMES = {"samplers": "samplers.json", "tokenizer": "tokenizer.json", "card": "README.md"}
-ENGINE = "onnxruntime"
 
 
 @dataclass
@@ -83,7 +81,7 @@ def rebuild(
 
     Args:
         folder: of the bundle.  checkpoint: a HeartBeat model folder.
-        recipe: precision or opset where they are to change.
+        recipe: precision, opset and flavour; by default the bundle's own.
         dry_run: decide only; nothing is written, not even the lock.
         wait: for another rebuild of the same bundle; else refuse.
         revision: of the source, for the manifest.  say: called with one line a step.
@@ -109,7 +107,7 @@ def rebuild(
             for reason in decision.reasons:
                 say(reason)
             say(f"road: {decision.road}")
-            _Work(bundle, opened, recipe or Recipe(), revision, report, say).run(decision)
+            _Work(bundle, opened, recipe or recipe_of(bundle), revision, report, say).run(decision)
     return report
 
 
@@ -157,7 +155,8 @@ class _Work:
             after = store.commit(self.bundle, manifest)
         self.report.after = manifest.fingerprints["weights"]
         self.report.parity = manifest.parity
-        self.report.build = fingerprints.build(after.manifest, open_engine(ENGINE, after))
+        engine = parity.engine_for(after, self.checkpoint.model)
+        self.report.build = fingerprints.build(after.manifest, engine)
         known = {spec.file for spec in store.specs(self.bundle.manifest)}
         self.report.written = sum(
             spec.bytes for spec in store.specs(manifest) if spec.file not in known
@@ -231,7 +230,7 @@ class _Work:
         for name, spec in self.bundle.manifest.graphs.items():
             if name in decision.retrace:
                 self.say(f"graph {name}: traced anew")
-                protos[name] = to_onnx(parts[name], inputs[name])
+                protos[name] = to_onnx(parts[name], inputs[name], **vars(self.recipe))
             else:
                 here = decision.graphs.get(name)
                 protos[name] = here or onnx.load_from_string(self.bundle.read(spec))
@@ -240,14 +239,15 @@ class _Work:
     def _gate(self, manifest: Manifest, changed: set[str]) -> dict[str, Any]:
         """The new parity record; raises ExportError where the gate fails."""
         staged = Bundle(self.bundle.path, manifest)
-        reference = TorchEngine(self.checkpoint.model, staged)
-        found = quick_gate.measure(staged, open_engine(ENGINE, staged), reference, changed)
-        parity.gate(found.errors, found.decibels)
+        model = self.checkpoint.model
+        engine, reference = parity.engine_for(staged, model), TorchEngine(model, staged)
+        found = quick_gate.measure(staged, engine, reference, changed)
+        parity.gate(found.errors, found.decibels, manifest.precision)
         old = manifest.parity
         errors = {name: float(f"{error:.3e}") for name, error in found.errors.items()}
         return {
             **old,
-            "engine": ENGINE,
+            "engine": engine.name,
             "reference": f"torch {torch.__version__}",
             "relative_l2": {**old.get("relative_l2", {}), **errors},
             "clip_psnr_db": round(found.decibels, 2),
@@ -268,6 +268,7 @@ class _Work:
                 name=old.name,
                 revision=self.revision,
                 licence=old.licence,
+                recipe=self.recipe,
                 provenance=self.checkpoint.provenance,
                 card=self.checkpoint.card,
                 say=self.say,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="store_true", help="name every tensor that changed")
     parser.add_argument("--json", action="store_true", help="the whole report, for programs")
     parser.add_argument("--no-wait", action="store_true", help="refuse where one is under way")
+    for name, choices in (
+        ("precision", ("fp32", "fp16", "bf16")),
+        ("opset", (21, 23)),
+        ("flavour", ("standard", "plugin")),
+    ):
+        parser.add_argument(
+            f"--{name}", type=type(choices[0]), choices=choices, help="by default the bundle's"
+        )
     parser.add_argument("--revision", default="", help="of the source (default: ask git)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Decides between swap, rebuild and full export, says why, compares with torch, switches."""
     from heartbeat_export.commands.write_onnx import source_revision
+    from heartbeat_export.decide import recipe_of
     from heartbeat_export.rebuild import rebuild
+    from heartbeat_fast.bundle import Bundle
 
+    asked = {name: getattr(options, name) for name in ("precision", "opset", "flavour")}
+    asked = {name: value for name, value in asked.items() if value is not None}
     report = rebuild(
         options.bundle,
         options.checkpoint,
+        recipe=replace(recipe_of(Bundle.open(options.bundle)), **asked),
         dry_run=options.dry_run,
         wait=not options.no_wait,
         revision=options.revision or source_revision(),
@@ -48,10 +62,10 @@ def _print(report: "Report", explain: bool) -> None:
         print("\n".join(report.reasons))
     for graph, tensors in report.changed.items() if explain else ():
         print(f"{graph}: {', '.join(tensors)}")
-    done = "would be" if report.dry_run else "done"
+    done = ", nothing written" if report.dry_run else ""
     stages = ", ".join(f"{name} {s:.2f}" for name, s in report.seconds.items() if name != "all")
-    line = f"{report.bundle}: {report.road} {done} in {report.seconds['all']:.2f} s ({stages})"
-    if report.parity and not report.dry_run:
+    line = f"{report.bundle}: road {report.road}{done}; {report.seconds['all']:.2f} s ({stages})"
+    if report.parity:
         worst = max(report.parity["relative_l2"].values())
         line += f"; from torch {worst:.1e}, clip {report.parity['clip_psnr_db']} dB"
     print(line)
