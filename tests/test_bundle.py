@@ -84,9 +84,9 @@ def test_a_whole_bundle_verifies(folder: Path) -> None:
     bundle = Bundle.open(folder)
     bundle.verify()
     assert bundle.manifest.graphs["time"].inputs[0].shape == (1,)
-    assert json.loads(bundle.manifest.to_json()) == json.loads(
-        (folder / "manifest.json").read_text()
-    )
+    said = json.loads((folder / "manifest.json").read_text())
+    written = json.loads(bundle.manifest.to_json())
+    assert {key: written[key] for key in said} == said  # fields of later releases have defaults
 
 
 def test_an_exported_bundle_verifies(nano_bundle: Bundle) -> None:
