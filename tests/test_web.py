@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import socket
 import struct
 import threading
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.cli import main
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.errors import ConditionError, HeartBeatError
 from heartbeat_fast.formats import open_record
@@ -212,6 +214,16 @@ def test_hosts_and_origins(address: str) -> None:
     assert ask(address, "/v1/info", Origin=f"http://{address}")[0] == 200
     with pytest.raises(Exception, match="403"):
         client.connect(f"ws://{address}/v1/stream", origin="http://evil.example")
+
+
+def test_port_in_use_is_said_before_a_bundle_is_opened(capsys: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code = main(["serve", "web", "--port", port, "--bundle", "/no/such/bundle"])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert f"127.0.0.1:{port}: cannot listen" in said
+    assert said.count("\n") == 1
 
 
 def test_token(generator: Generator) -> None:

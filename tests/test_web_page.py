@@ -76,7 +76,7 @@ def test_sliders_make_a_new_clip(page: Browser) -> None:
     )
     page.until(f"{CLIPS} > {before}")
     assert text(page, "ef-of") == "25 %"
-    page.until("document.getElementById('latency').textContent.endsWith('ms')")
+    page.until("document.getElementById('latency').textContent.endsWith('s')")
 
 
 def test_painting_changes_the_mask(page: Browser) -> None:

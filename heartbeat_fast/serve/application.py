@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 LARGEST_BODY = 48 * 2**20  # bytes: all seven conditions of a clip at 256, in float32 and base64
+BODY_SECONDS = 60  # within which a body must have come
 MOST_VIEWERS = 4
 
 
@@ -152,7 +153,11 @@ def _add_clips(app: "FastAPI", worker: Worker) -> None:
             return _error(406, "accept: none of the kinds that a clip can be written as")
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return _error(415, "content-type: wanted application/json")
-        body = await _body(request)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(request)
+        except TimeoutError:
+            return _error(408, f"body: not there after {BODY_SECONDS} s")
         if body is None:
             return _error(413, f"body: too long; wanted at most {LARGEST_BODY} bytes")
         asked = await asyncio.to_thread(clip_request, body, manifest.frames, manifest.size)
@@ -182,16 +187,19 @@ def _add_clips(app: "FastAPI", worker: Worker) -> None:
 
 
 async def _body(request: "Request") -> bytes | None:
-    """The body; None if it is too long, known before it is read where its length is announced."""
-    announced = request.headers.get("content-length", "0")
-    if not announced.isdecimal() or len(announced) > 12 or int(announced) > LARGEST_BODY:
-        return None
-    body = bytearray()
+    """The body; None if it is too long.
+
+    The rest of a body that is somewhat too long is read and thrown away: a client that is cut off
+    while it sends never sees the answer.
+    """
+    body, came = bytearray(), 0
     async for piece in request.stream():
-        body += piece
-        if len(body) > LARGEST_BODY:
-            return None
-    return bytes(body)
+        came += len(piece)
+        if came <= LARGEST_BODY:
+            body += piece
+        elif came > 4 * LARGEST_BODY:
+            break
+    return bytes(body) if came <= LARGEST_BODY else None
 
 
 async def _watch(request: "Request", give_up: Any) -> None:
@@ -253,8 +261,10 @@ def _is_farewell(error: BaseException) -> bool:
     """Whether an error only says that the viewer has gone."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_farewell, error.exceptions))
+    if isinstance(error, RuntimeError):
+        return "close message has been sent" in str(error)
     gone = optional("fastapi", "web").WebSocketDisconnect
-    return isinstance(error, (gone, RuntimeError, OSError, asyncio.CancelledError))
+    return isinstance(error, (gone, OSError))
 
 
 async def _listen(socket: "WebSocket", viewer: Viewer) -> None:

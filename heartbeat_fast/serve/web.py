@@ -12,17 +12,7 @@ from heartbeat_fast.serve.application import ServeError, Settings, application
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-PORT = 8137
 LARGEST_MESSAGE = 2**20  # bytes of a WebSocket message: a painted frame in base64 is 2**17
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `heartbeat serve web`."""
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
-    parser.add_argument("--port", type=int, default=PORT, help="default: %(default)s")
-    parser.add_argument("--engine", default="auto", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
 
 
 def run(options: argparse.Namespace) -> int:

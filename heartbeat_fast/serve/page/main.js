@@ -86,14 +86,18 @@ function release() {
 
 const rate = { since: performance.now(), count: 0 };
 
+function duration(ms) {
+  return ms < 2000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`;
+}
+
 function report(header, latency) {
-  if (latency !== null) $("latency").textContent = `${Math.round(latency)} ms`;
+  if (latency !== null) $("latency").textContent = duration(latency);
   $("making").hidden = !header.making;
   rate.count += 1;
   const passed = performance.now() - rate.since;
   if (passed > 1000) {
     $("rate").textContent = `${((1000 * rate.count) / passed).toFixed(0)} / s`;
-    $("age").textContent = `${Math.max(0, Date.now() - 1000 * header.time).toFixed(0)} ms`;
+    $("age").textContent = duration(Math.max(0, Date.now() - 1000 * header.time));
     Object.assign(rate, { since: performance.now(), count: 0 });
   }
   $("dropped").textContent = header.dropped;
