@@ -13,6 +13,8 @@ from heartbeat_fast.engines.openvino_engine import OpenVinoEngine
 from heartbeat_fast.engines.torch_engine import TorchEngine
 from heartbeat_fast.errors import EngineError
 
+pytest.importorskip("openvino", reason="needs the extra openvino")
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCache:

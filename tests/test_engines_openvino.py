@@ -15,6 +15,8 @@ from heartbeat_fast.engines.cache import EngineCache
 from heartbeat_fast.engines.openvino_engine import OpenVinoEngine
 from heartbeat_fast.errors import BundleError, EngineError
 
+pytest.importorskip("openvino", reason="needs the extra openvino")
+
 Arrays = dict[str, NDArray[Any]]
 
 
