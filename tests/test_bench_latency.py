@@ -78,6 +78,9 @@ def test_rows_are_whole(timed: dict[str, Any]) -> None:
 def test_batches_cold_starts_and_verdict(timed: dict[str, Any]) -> None:
     one, two = timed["batches"]
     assert one["total"]["p50"] < two["total"]["p50"]
+    assert {row["changed"] for row in timed["first_frame"]} == set(NAMES)
+    for row in timed["first_frame"]:
+        assert row["ms"]["n"] == 7  # every change was a new clip
     (cold,) = timed["cold"]
     assert set(cold["stages"]) == {"import", "open", "first clip", "second clip"}
     assert 20 < cold["peak_memory_mb"] < 4000

@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.progress import Progress
 
-from heartbeat_benchmarks import cold_start, flops, probe, results, sets, validity
+from heartbeat_benchmarks import cold_start, first_frame, flops, probe, results, sets, validity
 from heartbeat_benchmarks.fingerprint import fingerprint
 from heartbeat_benchmarks.gate import REFERENCE, Gate
 from heartbeat_benchmarks.timing import needed, summary
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.conditions import Conditions
+from heartbeat_fast.controls import Settings
 from heartbeat_fast.generator import STAGES, Generator
 from heartbeat_training.evaluate import ALL, LADDER
 from heartbeat_training.phantom import record
@@ -95,6 +96,7 @@ def run(bundle: str | Path | None, work: Workload) -> dict[str, Any]:
     with Progress(transient=True) as progress:
         timed = _warm(rows, hearts, work, progress)
         batches = list(_batches(generators, hearts, work, progress))
+        first = list(_first(generators, hearts, work))
         cold = list(_cold(opened, hearts[0], work, progress))
     used = watch.read()
     peaks.append(probe.measure(work.probe_sides))
@@ -109,6 +111,7 @@ def run(bundle: str | Path | None, work: Workload) -> dict[str, Any]:
         "peaks": {"before": peaks[0], "after": peaks[1]},
         "rows": timed,
         "batches": batches,
+        "first_frame": first,
         "cold": cold,
         "quality": _quality(manifest.fingerprints.get("weights", "")),
         "used": used,
@@ -191,6 +194,17 @@ def _batches(
             head = Row(generator, asked, name, steps).head()
             how = "one after the other: the graphs hold one clip"
             yield head | {"batch": batch, "how": how, TOTAL: _described(samples)}
+
+
+def _first(
+    generators: dict[str, Generator], hearts: Sequence[Conditions], work: Workload
+) -> Iterator[dict[str, Any]]:
+    """Time to the first frame after a change, condition by condition, of the last set."""
+    given = [heart.only(sets.conditions_of(work.sets[-1])) for heart in hearts[:2]]
+    settings = Settings(steps=work.steps[0], sampler=work.sampler, guidance=work.guidance)
+    for asked, generator in generators.items():
+        for row in first_frame.measure(generator, given, settings, BATCH_RUNS):
+            yield {"asked": asked, "steps": work.steps[0], **row}
 
 
 def _cold(

@@ -66,15 +66,14 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     for asked in dict.fromkeys(row["asked"] for row in result["batches"]):
         mine = [row for row in result["batches"] if row["asked"] == asked]
-        rates = ", ".join(
-            f"{row['batch']}: {results.number(_rate(row), 2)}" for row in mine if row["batch"]
-        )
+        rates = ", ".join(f"{row['batch']}: {results.number(_rate(row), 2)}" for row in mine)
         lines.append(f"clips/s of {asked} by clips asked for at once ({mine[0]['how']}): {rates}")
-    for first in result.get("first_frame", []):
-        lines.append(
-            f"first frame after a changed {first['changed']}, {first['asked']}: "
-            f"{pair(first['ms'])} ms"
+    for asked in dict.fromkeys(row["asked"] for row in result["first_frame"]):
+        mine = [row for row in result["first_frame"] if row["asked"] == asked]
+        waits = ", ".join(
+            f"{row['changed']} {results.number(row['ms'].get('p50'), 0)}" for row in mine
         )
+        lines.append(f"first frame after a change in a warm session of {asked}, median ms: {waits}")
     quality = result["quality"]
     lines.append(
         f"quality of these weights: {quality['file']}"

@@ -19,10 +19,8 @@ from rich.progress import Progress
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartbeat_benchmarks import flops, probe, results, validity
+from heartbeat_benchmarks import flops, probe, validity
 from heartbeat_benchmarks.fingerprint import fingerprint
-from heartbeat_benchmarks.latency_report import peaks as said_peaks
-from heartbeat_benchmarks.latency_report import verdict as said_verdict
 from heartbeat_benchmarks.peer_networks import PEERS, Peer, decode_at, zeros
 from heartbeat_benchmarks.plain_engine import PlainEngine
 from heartbeat_benchmarks.timing import needed
@@ -216,33 +214,3 @@ def base(config: HeartBeatConfig = BASE) -> Peer:
         decodes=config.frames,
         heavy=True,
     )
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """One table, and what each row rests on."""
-    head = ["system", "run by", "parameters", "frames", "pixels", "conditions", "evaluations"]
-    head += ["GFLOP/clip", "s/clip", "frames/s"]
-    rows = []
-    for row in result["rows"]:
-        seconds, flop = row["seconds"], row["flop"]
-        rate = None if seconds is None else row["frames"] / seconds
-        rows.append(
-            [
-                *(row["name"], row["how"], f"{row['parameters'] / 1e6:.1f} M"),
-                *(str(row["frames"]), f"{row['size']}²", row["conditions"]),
-                *(str(row["evaluations"]), "–" if flop is None else f"{flop / 1e9:,.0f}"),
-                *(results.number(seconds, 2), results.number(rate, 2)),
-            ]
-        )
-    notes = [
-        f"{row['name']}: {row['source']}; {row['assumed']}"
-        for row in result["rows"]
-        if row["assumed"]
-    ]
-    notes += [
-        f"{row['name']}, {row['how']}: not run ({row['why_not']})"
-        for row in result["rows"]
-        if row.get("why_not")
-    ]
-    about = f"matrix products: {said_peaks(result)}; {said_verdict(result)}"
-    return f"{results.markdown(head, rows)}\n\n{'. '.join([*notes, about])}."

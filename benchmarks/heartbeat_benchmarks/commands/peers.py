@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, stores, prints."""
-    from heartbeat_benchmarks import peers
+    from heartbeat_benchmarks import peers, peers_report
 
     given: dict[str, Any] = {"model": arguments.model} if arguments.model else {}
     plan = peers.Plan(
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     result = peers.run(plan)
     path = results.save("peers", result, arguments.results)
-    print(peers.markdown(results.load(path)))
+    print(peers_report.markdown(results.load(path)))
     print(f"raw samples: {path}")
     return 0
 

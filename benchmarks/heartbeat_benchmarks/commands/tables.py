@@ -8,7 +8,6 @@ from typing import Any
 
 from heartbeat_benchmarks import results
 from heartbeat_benchmarks.commands import options
-from heartbeat_fast.errors import FileError
 
 HELP = "put the newest results into documents"
 
@@ -32,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             table = maker(results.load(path))
         except KeyError as error:
-            raise FileError(f"{path}: has no {error}: run heartbeat-bench {kind} again") from error
+            print(f"{path}: has no {error}: run heartbeat-bench {kind} again", file=sys.stderr)
+            continue
         for document in places:
             results.insert(document, name, f"{table} [Raw]({path.as_posix()}).")
             print(f"{document}: {name} from {path.name}")
@@ -41,12 +41,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 def makers() -> dict[str, tuple[str, Callable[[dict[str, Any]], str]]]:
     """Table → the kind of result it shows, and what writes it as Markdown."""
-    from heartbeat_benchmarks import latency_report, patients, quality, real
+    from heartbeat_benchmarks import (
+        latency_report,
+        patients,
+        peers_report,
+        quality,
+        real,
+        scaling_report,
+        waterfall_report,
+    )
 
     return {
         "ladder": ("quality", quality.ladder_markdown),
         "targets": ("quality", quality.targets_markdown),
         "latency": ("latency", latency_report.markdown),
+        "waterfall": ("waterfall", waterfall_report.markdown),
+        "scaling": ("scaling", scaling_report.markdown),
+        "peers": ("peers", peers_report.markdown),
         "real": ("real", real.markdown),
         "table": ("table", patients.table),
         "steps": ("steps", patients.steps),

@@ -1,0 +1,139 @@
+"""New weights into a bundle against exporting it again, in one run on one machine.
+
+The full export (trace all graphs, write, parity gate) is timed first and makes the bundle. Then
+every parameter moves a little, as training moves them, and the bundle is rebuilt to the moved
+weights and back, again and again. What is timed is what `heartbeat-export rebuild` does after its
+imports: read the checkpoint, decide, write, gate, switch; the command from its start is timed
+apart, once.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from heartbeat_benchmarks import probe
+from heartbeat_benchmarks.fingerprint import fingerprint
+from heartbeat_export.build import build_bundle, load_folder
+from heartbeat_export.rebuild import rebuild
+from heartbeat_fast.bundle import EMBEDDED, Bundle
+from heartbeat_fast.generator import Generator
+from heartbeat_fast.models.config import PRESETS
+from heartbeat_fast.models.heartbeat import HeartBeat
+
+MODEL = EMBEDDED.parent / "tiny-torch"
+MOVED = 1e-3  # of each tensor's deviation: about what some hundred training steps move it
+ENGINE = "onnxruntime"
+STATS = 1000
+
+
+def run(model: Path = MODEL, runs: int = 7, preset: str = "") -> dict[str, Any]:
+    """Times of a full export, of rebuilds, of the command, and of a running generator's switch.
+
+    Args:
+        model: a model folder.  preset: random weights of a preset instead, e.g. "base".
+        runs: rebuilds to the moved weights and back, in turn.
+
+    Raises:
+        HeartBeatError: no model there, or parity missed.
+    """
+    before = probe.measure()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, bundle = Path(scratch), Path(scratch) / "bundle"
+        checkpoints = [folder / "a", folder / "b"]
+        _save(model, preset, checkpoints)
+        start = time.perf_counter()
+        given, tokenizer, provenance, card = load_folder(checkpoints[0])
+        build_bundle(given, tokenizer, bundle, provenance=provenance, card=card)
+        full = time.perf_counter() - start
+        del given
+        generator = Generator.open(bundle, ENGINE)
+        rows = []
+        for i in range(runs):
+            report = rebuild(bundle, checkpoints[(i + 1) % 2])
+            rows.append(report.to_dict() | {"changed": sum(map(len, report.changed.values()))})
+            rows[-1]["reload_s"] = _taken(generator)
+        command = _command(checkpoints[runs % 2], bundle)
+        found = {"fingerprint": fingerprint(Bundle.open(bundle)), "rows": rows}
+    seconds = [row["seconds"]["all"] for row in rows]
+    return found | {
+        "workload": {
+            "model": preset or model.name,
+            "moved": MOVED,
+            "runs": runs,
+            "gate": "every changed graph and a clip of one step, on onnxruntime against torch",
+        },
+        "matrix_products": [before, probe.measure()],
+        "summary": {
+            "full_export_s": full,
+            "rebuild_s": {"n": runs, "min": min(seconds), "median": median(seconds)},
+            "ratio": full / median(seconds),
+            "command_s": command,
+            "reload_s": median(row["reload_s"] for row in rows),
+            "look_us": _look(generator),
+            "roads": sorted({row["road"] for row in rows}),
+        },
+    }
+
+
+def _save(model: Path, preset: str, checkpoints: list[Path]) -> None:
+    """The model's folder and one with every parameter moved."""
+    given, tokenizer, _, _ = load_folder(model)
+    if preset:
+        torch.manual_seed(0)
+        given = HeartBeat(PRESETS[preset]).eval()
+    rng = torch.Generator().manual_seed(1)
+    for i, folder in enumerate(checkpoints):
+        with torch.no_grad():
+            for parameter in given.parameters() if i else ():
+                step = MOVED * (parameter.std() if parameter.numel() > 1 else 1.0)
+                parameter.add_(step * torch.randn(parameter.shape, generator=rng))
+        given.save_pretrained(folder)
+        tokenizer.save(folder / "tokenizer.json")
+
+
+def _taken(generator: Generator) -> float:
+    """Seconds in which a running generator loads and tries the new version."""
+    start, old = time.perf_counter(), generator.bundle
+    with generator.turn():
+        taken = time.perf_counter() - start
+    assert generator.bundle is not old, "the generator did not take the new weights up"
+    return taken
+
+
+def _look(generator: Generator) -> float:
+    """Microseconds that a clip pays where nothing is new."""
+    start = time.perf_counter()
+    for _ in range(STATS):
+        with generator.turn():
+            pass
+    return (time.perf_counter() - start) / STATS * 1e6
+
+
+def _command(checkpoint: Path, bundle: Path) -> float:
+    """Seconds of the command from its start, interpreter and imports included."""
+    command = [sys.executable, "-m", "heartbeat_export.cli", "rebuild", str(checkpoint)]
+    start = time.perf_counter()
+    subprocess.run([*command, "--bundle", str(bundle)], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was measured, in lines."""
+    s, rows = result["summary"], result["rows"]
+    stages = {name: median(row["seconds"].get(name, 0.0) for row in rows)
+              for name in rows[0]["seconds"]}  # fmt: skip
+    times = ", ".join(f"{name} {value:.2f}" for name, value in stages.items() if name != "all")
+    return (
+        f"full export {s['full_export_s']:.1f} s\n"
+        f"rebuild ({', '.join(s['roads'])}) {s['rebuild_s']['median']:.2f} s, best of "
+        f"{s['rebuild_s']['n']} {s['rebuild_s']['min']:.2f} s: {times}\n"
+        f"ratio {s['ratio']:.1f}\n"
+        f"command from its start {s['command_s']:.1f} s; a running generator loads the new version "
+        f"in {s['reload_s']:.2f} s, looks for one in {s['look_us']:.1f} µs a clip"
+    )
