@@ -226,6 +226,7 @@ def test_noise_on_the_line_ends_that_line_only(server: IgtlServer, reader: Reade
         with pytest.raises((ConnectionError, OSError)):
             odd.exactly(2**40)
     assert reader.image() is not None
+    assert server.broken == 2
 
 
 def test_what_is_wrong_is_said_and_changes_nothing(reader: Reader, session: Session) -> None:

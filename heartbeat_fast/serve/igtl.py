@@ -7,7 +7,6 @@ threads and a newest-frame slot of its own, so one that reads slowly loses frame
 import contextlib
 import errno
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -107,6 +106,7 @@ class IgtlServer:
         if not 0 < rate <= 1000:
             raise ServeError(f"rate: {rate:g} came; wanted up to 1000 frames a second")
         self.session, self.rate = session, rate
+        self.broken = 0  # connections ended for what they sent
         self._heart: Anatomy | None = session.wish.anatomy
         self._pose: Pose | None = None
         self._clients: list[Client] = []
@@ -202,8 +202,7 @@ class IgtlServer:
                 self._obey(wire.receive(client.connection, most))
                 client.error = None
             except (wire.Broken, OSError) as error:
-                if not client.closed and isinstance(error, wire.Broken):
-                    print(f"heartbeat serve igtl: {client.address}: {error}", file=sys.stderr)
+                self.broken += isinstance(error, wire.Broken)
                 break
             except HeartBeatError as error:
                 client.refused += 1
@@ -272,6 +271,7 @@ class IgtlServer:
             "probe": None if pose is None else vars(pose),
             "rate": self.rate,
             "clients": len(self.clients),
+            "broken": self.broken,
             "dropped": client.dropped,
             "refused": client.refused,
             "error": client.error,
