@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heartbeat_benchmarks.sets import conditions_of
 from heartbeat_benchmarks.timing import summary
 from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.engines.torch_loop import Loop
 from heartbeat_fast.models.blocks import use_kernels
-from heartbeat_fast.models.codec import build_codec
+from heartbeat_fast.models.codec import Codec, build_codec
 from heartbeat_fast.models.config import PRESETS, TINY, HeartBeatConfig
 from heartbeat_fast.models.graphs import Tensors
 from heartbeat_fast.models.heartbeat import HeartBeat
@@ -48,13 +48,9 @@ class Subject:
     """A model on the device, its decoders, and a clip's inputs in main memory."""
 
     model: HeartBeat
-    decoders: dict[str, nn.Module]
+    decoders: dict[str, Codec]
     inputs: Tensors
     dtype: torch.dtype
-
-    @property
-    def config(self) -> HeartBeatConfig:
-        return self.model.config
 
 
 def subject(preset: str, dtype: torch.dtype) -> Subject:
@@ -103,7 +99,7 @@ class Runner:
     def __init__(self, on: Subject, way: str, decoder: str) -> None:
         self.on, self.way = on, way
         use_kernels(on.model, "triton" if way == "ours" and GPU else "reference")
-        self.decode: Callable[..., Tensor] = on.decoders[decoder].decode  # type: ignore[assignment]
+        self.decode: Callable[..., Tensor] = on.decoders[decoder].decode
         self.step: Callable[..., Tensor] = on.model.denoiser.denoise
         if way == "compiled" and GPU:
             torch.compiler.reset()
@@ -119,13 +115,12 @@ class Runner:
             k: v.to(DEVICE, dtype if v.is_floating_point() else None, non_blocking=True)
             for k, v in self.on.inputs.items()
         }
-        given["present"] = torch.tensor([[float(n in present) for n in NAMES]], device=DEVICE)
-        given["present"] = given["present"].to(dtype)
+        given["present"] = torch.tensor([[float(n in present) for n in NAMES]]).to(DEVICE, dtype)
         text = model.text_context(given["tokens"], given["ef"], given["present"])
         image = None
         if "image" in present:
             image = model.image_context(given["image"], given["present"])
-        sampler = table(self.on.config, steps)
+        sampler = table(self.on.model.config, steps)
         run = self._plain if self.way == "plain" else self._hoisted
         z = run(sampler, given, text, image).to(dtype)
         frames = self.decode(z.flatten(0, 1), given["grain"].flatten(0, 1))[:, 0]
@@ -177,6 +172,7 @@ def peak_tflops(dtype: torch.dtype) -> float:
 def samples(call: Callable[[], object], least: int, seconds: float) -> list[float]:
     """Seconds of each call after three that warm up: `least` of them, more while time is left."""
     taken: list[float] = []
+    synchronise = torch.cuda.synchronize if GPU else lambda: None
     for i in range(-3, 1000):
         synchronise()
         start = time.perf_counter()
@@ -187,12 +183,6 @@ def samples(call: Callable[[], object], least: int, seconds: float) -> list[floa
         if len(taken) >= least and sum(taken) > seconds:
             break
     return taken
-
-
-def synchronise() -> None:
-    """Waits until the device has done what it was given."""
-    if GPU:
-        torch.cuda.synchronize()
 
 
 @cache
@@ -245,7 +235,7 @@ def rows(
             ms = [1e3 * t for t in taken]
             row |= {"ms": summary(ms) | {"samples": ms}, "memory_mb": memory}
             row |= {"grey_levels_from_plain": error, "peak_tflops": peak}
-            once, decoding = flop(on.config, "image" in present)
+            once, decoding = flop(on.model.config, "image" in present)
             work = once * steps + (decoding if decoder == "codec" else 0)
             yield row | {"share_of_peak": work / np.median(taken) / peak / 1e12, "pass_flop": once}
 
@@ -271,7 +261,11 @@ def main() -> None:
     ways, names = (tuple(text.split(",")) for text in (options.ways, options.sets))
     name = torch.cuda.get_device_name() if GPU else "cpu: a dry run, no figure"
     result: dict[str, Any] = {"gpu": name, "torch": torch.__version__, "preset": options.preset}
-    result |= {"dtype": str(on.dtype), "frames": on.config.frames, "size": on.config.size}
+    result |= {
+        "dtype": str(on.dtype),
+        "frames": on.model.config.frames,
+        "size": on.model.config.size,
+    }
     result["passes"] = [denoiser_pass(on, way, options.runs) for way in ways]
     result["rows"] = []
     OUT.mkdir(parents=True, exist_ok=True)
@@ -283,7 +277,7 @@ def main() -> None:
     for one in result["passes"]:
         print(f"one pass of the loop, {one['way']:8} {one['pass_ms']:8.2f} ms")
     for row in result["rows"]:
-        print(line(row, on.config.frames))
+        print(line(row, on.model.config.frames))
     if options.preset == "base" and GPU:
         print(f"goals on an H100: pass {PASS_GOAL} ms, clips {GOALS} ms")
 

@@ -30,7 +30,7 @@ def canvas(width: float, height: float) -> tuple[Any, Any]:
 
 def ecdf(result: dict[str, Any], path: Path) -> Path:
     """Every row's clip times as an empirical distribution: what share of clips is done by when."""
-    figure, axes = canvas(7.5, 4.5)
+    figure, axes = canvas(9.5, 4.5)
     for i, row in enumerate(_rows(result)):
         times = np.sort(row["stages"][TOTAL]["samples"])
         share = np.arange(1, len(times) + 1) / len(times)
@@ -38,7 +38,7 @@ def ecdf(result: dict[str, Any], path: Path) -> Path:
     axes.set_xlabel("ms a clip")
     axes.set_ylabel("share of clips done")
     axes.set_ylim(0, 1.02)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path)
 
 
@@ -77,7 +77,7 @@ def pareto(points: Sequence[dict[str, Any]], figure_of: str, path: Path) -> Path
     line = [(points[i]["seconds"], points[i]["quality"]) for i in best]
     axes.plot(*zip(*line, strict=True), color="#999999", linewidth=1, zorder=1)
     axes.set_xscale("log")
-    axes.margins(x=0.25, y=0.2)
+    axes.margins(x=0.3, y=0.2)
     axes.set_xlabel("seconds a clip (logarithmic)")
     axes.set_ylabel(figure_of)
     return _save(figure, path)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from heartbeat_benchmarks import flicker
 from heartbeat_benchmarks.fingerprint import fingerprint
 from heartbeat_benchmarks.timing import summary
 from heartbeat_fast.bundle import Bundle
@@ -35,6 +36,7 @@ class Plan:
     """A soak. rate: frames/s. every: seconds from change to change. clients: blocking ones.
 
     bad: clients that are killed, stall and send noise. pyigtl: clients of that library.
+    flicker: anatomies whose steps between frames are looked at first (flicker.py).
     """
 
     minutes: float = 10.0
@@ -46,6 +48,7 @@ class Plan:
     engine: str = "auto"
     steps: int | None = None
     carry: float = 0.5
+    flicker: int = 0
 
 
 def run(path: Path | str | None, plan: Plan) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def run(path: Path | str | None, plan: Plan) -> dict[str, Any]:
     generator = Generator.open(bundle, plan.engine)
     settings = Settings(steps=plan.steps, carry=plan.carry)
     facts = fingerprint(bundle)
+    steps = flicker.run(generator, plan.flicker, settings)
     with (
         Session(generator, settings, anatomy=7, ef=55, text="An ECHO.") as session,
         IgtlServer(session, port=0, rate=plan.rate) as server,
@@ -91,6 +95,7 @@ def run(path: Path | str | None, plan: Plan) -> dict[str, Any]:
         "blocking": [_client(one, plan.rate) for one in seen["blocking"]],
         "pyigtl": [_client(one, plan.rate) for one in seen["pyigtl"]],
         "deeds": seen["deeds"],
+        "flicker": steps,
         "memory": slope(memory),
         "raw": {
             "latencies_s": [round(x, 4) for x in stats.latencies],
@@ -177,6 +182,8 @@ def lines(result: dict[str, Any]) -> list[str]:
             said.append(f"{kind} client: age, ms: {_said(one['age_ms'])}")
             said.append(f"{kind} client: gap, ms: {_said(one['gap_ms'])}; late {one['late_gaps']}")
     said.append(f"meanwhile: {', '.join(f'{n} {deed}' for deed, n in result['deeds'].items())}")
+    if result["flicker"]:
+        said.append(flicker.line(result["flicker"]))
     interval = memory["interval"]
     said.append(
         f"memory: {memory['first_mb']:.0f} to {memory['last_mb']:.0f} MiB"

@@ -20,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=1, help="blocking readers, default: 1")
     parser.add_argument("--pyigtl", type=int, default=1, help="of that library, default: 1")
     parser.add_argument("--bad", type=int, default=3, help="killed, stalled, noisy; default: 3")
+    parser.add_argument("--flicker", type=int, default=0, metavar="N", help="on N anatomies first")
     parser.add_argument("--store", action="store_true", help="keep the result with its raw rows")
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR")
 
@@ -28,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Soaks, says what was seen, stores it where asked."""
     from heartbeat_benchmarks import soak
 
-    names = ("minutes", "rate", "every", "clients", "pyigtl", "bad", "engine", "steps", "carry")
+    names = ("minutes", "rate", "every", "clients", "pyigtl", "bad", "flicker")
+    names += ("engine", "steps", "carry")
     plan = soak.Plan(**{name: getattr(arguments, name) for name in names})
     result = soak.run(arguments.bundle, plan)
     for line in soak.lines(result):
