@@ -20,7 +20,7 @@ MEMORY = "peak memory"
 
 
 def measure(
-    bundle: Path, engine: str, steps: int, sampler: str, given: "Conditions"
+    bundle: Path, engine: str, steps: int, sampler: str | None, given: "Conditions"
 ) -> dict[str, float]:
     """Milliseconds of import, open, first clip, second clip; and peak memory in MB.
 
@@ -35,7 +35,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "conditions.npz"
         np.savez(file, allow_pickle=False, frames=given.frames, size=given.size, **arrays)
-        options = [str(bundle), engine, str(steps), sampler, str(file), repr(time.time())]
+        options = [str(bundle), engine, str(steps), sampler or "", str(file), repr(time.time())]
         command = [sys.executable, "-m", "heartbeat_benchmarks.cold_start", *options]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
         conditions = Conditions(**given, frames=int(data["frames"]), size=int(data["size"]))
     marks.append(time.time())
     for _ in range(2):
-        generator(conditions, steps=int(steps), sampler=sampler)
+        generator(conditions, steps=int(steps), sampler=sampler or None)
         marks.append(time.time())
     import_, open_, _, first, second = ((b - a) * 1e3 for a, b in pairwise(marks))
     stages = {"import": import_, "open": open_, "first clip": first, "second clip": second}

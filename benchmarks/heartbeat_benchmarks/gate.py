@@ -21,7 +21,7 @@ SEED = 7
 class Gate:
     """Clips of the reference, made once each, and the generators held to them."""
 
-    def __init__(self, reference: Generator, guidance: float, sampler: str) -> None:
+    def __init__(self, reference: Generator, guidance: float, sampler: str | None) -> None:
         self._reference, self._guidance, self._sampler = reference, guidance, sampler
         self._wanted: dict[tuple[tuple[str, ...], int], NDArray[np.uint8]] = {}
 

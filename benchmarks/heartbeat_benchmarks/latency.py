@@ -45,7 +45,7 @@ class Workload:
     runs: int = needed(0.9)
     batches: tuple[int, ...] = (1, 2, 4, 8)
     guidance: float = 1.0
-    sampler: str = "dpmpp_2m"
+    sampler: str | None = None  # the one that suits the bundle
     cold_starts: int = 5
     probe_sides: tuple[int, ...] = probe.SIDES
 

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=options.numbers, default=(10,), metavar="N,M", help="default: 10"
     )
-    parser.add_argument("--sampler", default="dpmpp_2m", help="default: %(default)s")
+    parser.add_argument("--sampler", help="default: the one that suits the bundle")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument(
         "--sets",
