@@ -8,7 +8,12 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from heartbeat_export.tensorrt_builder import Built
 
 HELP = "TensorRT and TensorRT-RTX plans: build, list, clear, doctor"
 
@@ -27,7 +32,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compute capability, again for more in the same plan (default: for tensorrt_rtx every "
         "one from Ampere on, which is what its engine looks for; for tensorrt the GPU here)",
     )
-    build.add_argument("--each", action="store_true", help="one plan for each target, not one")
+    build.add_argument(
+        "--each", action="store_true", help="a plan for each target as well as one for all"
+    )
+    build.add_argument(
+        "--random",
+        metavar="PRESET",
+        help="in place of a bundle: random weights in half precision; nothing is kept",
+    )
     build.add_argument("--graph", action="append", default=[], help="again for more (default: all)")
     build.add_argument("--refit", action="store_true", help="masters of quick weight changes")
     build.add_argument("--fresh", action="store_true", help="build what the cache has already")
@@ -48,42 +60,63 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from heartbeat_export.tensorrt_builder import build_all
     from heartbeat_fast.bundle import Bundle
-    from heartbeat_fast.engines.tensorrt_plan import TENSORRT, TENSORRT_RTX
 
-    family = TENSORRT if options.engine == "tensorrt" else TENSORRT_RTX
-    bundle = Bundle.open(options.bundle)
+    bundle = None if options.random else Bundle.open(options.bundle)
     plans = []
-    for built in build_all(
-        family,
-        bundle,
-        _recipes(options),
-        options.graph,
-        fresh=options.fresh,
-        say=lambda graph: print(f"graph {graph}", file=sys.stderr),
-    ):
-        took = "from the cache" if built.cached else f"{built.seconds:.2f} s"
+    for built in _plans(options, bundle):
+        took = f"{built.seconds:.2f} s ({built.cpu_seconds:.2f} of processor)"
         where = " ".join(built.targets) or "this GPU"
-        print(f"{built.graph:8} {built.plan_bytes / 1e6:9.2f} MB  {took:14}  {where}")
+        print(
+            f"{built.graph:8} {built.plan_bytes / 1e6:9.2f} MB  "
+            f"{'from the cache' if built.cached else took:30}  {where}",
+            flush=True,
+        )
         plans.append(asdict(built) | {"targets": list(built.targets)})
-    total = sum(plan["plan_bytes"] for plan in plans) / 1e6
-    seconds = sum(plan["seconds"] for plan in plans)
-    print(f"{bundle.manifest.name}: {len(plans)} plans, {total:.1f} MB, {seconds:.1f} s")
+    print(f"{len(plans)} plans, {sum(plan['plan_bytes'] for plan in plans) / 1e6:.1f} MB")
     if options.json:
         _record(options, bundle, plans)
     return 0
 
 
+def _plans(options: argparse.Namespace, bundle: Any) -> "Iterator[Built]":
+    """The plans asked for, one after the other."""
+    from heartbeat_export.tensorrt_builder import build_all, timed
+    from heartbeat_fast.engines.tensorrt_plan import TENSORRT, TENSORRT_RTX
+
+    family = TENSORRT if options.engine == "tensorrt" else TENSORRT_RTX
+    if bundle is not None:
+        yield from build_all(
+            family, bundle, _recipes(options), options.graph, fresh=options.fresh, say=_say
+        )
+        return
+    from heartbeat_export.errors import ExportError
+    from heartbeat_export.random_graphs import random_graphs
+    from heartbeat_fast.models.config import PRESETS
+
+    if options.random not in PRESETS:
+        raise ExportError(f"preset: {options.random!r} came; wanted {', '.join(PRESETS)}")
+    for name, proto in random_graphs(PRESETS[options.random], names=options.graph):
+        content = proto.SerializeToString()
+        del proto
+        for recipe in _recipes(options):
+            _say(name)
+            yield timed(family, content, recipe, name)[0]
+
+
+def _say(graph: str) -> None:
+    print(f"graph {graph}", file=sys.stderr)
+
+
 def _recipes(options: argparse.Namespace) -> list[Any]:
-    """One recipe for all targets, or one for each."""
+    """One recipe for all targets, with `each` also one for each of them."""
     from heartbeat_fast.engines.tensorrt_plan import Recipe
     from heartbeat_fast.engines.tensorrt_rtx_engine import PORTABLE
 
     targets = tuple(options.target)
     if options.engine == "tensorrt_rtx" and not targets:
         targets = PORTABLE.targets
-    sets = [(target,) for target in targets] if options.each else [targets]
+    sets = [*((target,) for target in targets if options.each and len(targets) > 1), targets]
     return [Recipe(chosen, refit=options.refit) for chosen in sets]
 
 
@@ -98,7 +131,6 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
     from heartbeat_fast.files import atomic
 
     family = TENSORRT if options.engine == "tensorrt" else TENSORRT_RTX
-    manifest = bundle.manifest
     revision = source_revision()
     content = {
         "schema_version": 1,
@@ -117,13 +149,7 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
                 "dirty": revision.endswith("-dirty"),
             },
             "command": " ".join(["heartbeat-export", *sys.argv[1:]]),
-            "bundle": {
-                "name": manifest.name,
-                "preset": manifest.preset,
-                "fingerprints": manifest.fingerprints,
-                "graphs_sha256": {name: spec.sha256 for name, spec in manifest.graphs.items()},
-                "parity": manifest.parity,
-            },
+            "bundle": _identity(bundle) if bundle else {"random": options.random},
         },
         "note": "built, not run: no time or parity of these plans on a GPU is claimed here",
         "plans": plans,
@@ -131,6 +157,19 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
     with atomic(options.json) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(options.json)
+
+
+def _identity(bundle: Any) -> dict[str, Any]:
+    """What the plans were built of."""
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "preset": manifest.preset,
+        "precision": manifest.precision,
+        "fingerprints": manifest.fingerprints,
+        "graphs_sha256": {name: spec.sha256 for name, spec in manifest.graphs.items()},
+        "parity": manifest.parity,
+    }
 
 
 def _list(options: argparse.Namespace) -> int:
