@@ -145,7 +145,7 @@ def scene(controls: Controls, frames: int, size: int) -> Scene:
     return Scene(conditions, labels, skeleton, (shape.spacing,) * 2, fps)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # some 25 MB each at 256, and a slider passes many
 def _heart(
     heart: int, view: str, ef: float, heart_rate: float, frames: int, size: int
 ) -> tuple[Shape, Motion]:

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from heartbeat_fast.errors import ConditionError, HeartBeatError
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.playback import Frame
 from heartbeat_fast.serve.messages import frame_message
-from heartbeat_fast.serve.scene import Controls, Scene, scene
+from heartbeat_fast.serve.scene import Controls, scene
 from heartbeat_fast.stream import Cancelled, Session
 
 RATE = 25.0  # frames a second to each viewer
@@ -27,9 +28,19 @@ ON_THE_WAY = 2  # frames that a viewer who says what it has seen can have unseen
 # Share of the steps that a changed clip takes over from the last one. Of myocardium painted as
 # cavity, 4 steps took 13 grey levels away at 0.5, 19 at 0.25, 24 at 0 (tiny): strokes must show.
 CARRY = 0.25
-KEPT = 64  # overlays of versions that are on their way to the screen
+KEPT = 16  # overlays of versions that are on their way to the screen, a megabyte each at 256
 
 Send = Callable[[Any], Awaitable[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a session's version shows: the viewer's revision, overlay (F,H,W), scale, conditions."""
+
+    revision: int
+    overlay: NDArray[np.uint8]
+    spacing_mm: tuple[float, float]
+    present: tuple[str, ...]
 
 
 class Viewer:
@@ -52,8 +63,7 @@ class Viewer:
         self._saw = asyncio.Event()
         self._session: Session | None = None
         self._opened = asyncio.Event()
-        # What each of the session's versions shows: the viewer's revision, overlay and spacing.
-        self._shown: dict[int, tuple[int, NDArray[np.uint8], Scene]] = {}
+        self._shown: dict[int, Shown] = {}  # by the session's versions
 
     def tell(self, message: Any) -> None:
         """Takes a message of the viewer: any fields of Controls, and `revision`, its own count.
@@ -108,7 +118,8 @@ class Viewer:
             except HeartBeatError as error:
                 await self._say({"kind": "error", "error": str(error), "revision": revision})
                 continue
-            self._shown[version] = revision, made.overlay(), made
+            present = made.conditions.present
+            self._shown[version] = Shown(revision, made.overlay(), made.spacing_mm, present)
             while len(self._shown) > KEPT:
                 del self._shown[min(self._shown)]
             self._opened.set()
@@ -155,7 +166,7 @@ class Viewer:
             await asyncio.sleep(max(0.0, -late))
 
     def _message(self, session: Session, frame: Frame, dropped: int) -> bytes:
-        revision, overlay, made = self._shown.get(frame.version) or next(iter(self._shown.values()))
+        shown = self._shown.get(frame.version) or next(iter(self._shown.values()))
         beat = max(self.frames - 1, 1)  # a whole beat's last frame is the next one's first
         index = int(frame.phase * beat) % beat
         engine, settings = self._generator.engine, session.settings
@@ -171,13 +182,13 @@ class Viewer:
             "phase": round(frame.phase, 4),
             "number": self._sent,
             "time": frame.time,
-            "revision": revision,
+            "revision": shown.revision,
             "making": session.wish.version != frame.version,
             "latency_ms": None if latency is None else round(latency * 1e3, 1),
             "clips": session.stats.clips,
             "dropped": dropped,
-            "spacing_mm": made.spacing_mm,
-            "conditions": made.conditions.present,
+            "spacing_mm": shown.spacing_mm,
+            "conditions": shown.present,
             "bundle": self._generator.bundle.manifest.name,
             "engine": engine.name,
             "precision": engine.precision,
@@ -186,7 +197,7 @@ class Viewer:
             "fault": None if fault is None else str(fault),
             "synthetic": True,
         }
-        return frame_message(header, frame.pixels, overlay[index])
+        return frame_message(header, frame.pixels, shown.overlay[index])
 
 
 def _whole(name: str, value: Any) -> int:
