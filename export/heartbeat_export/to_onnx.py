@@ -20,6 +20,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from heartbeat_export import precision as precisions
 from heartbeat_export import weight_map, weight_sources
@@ -90,7 +91,9 @@ def trace(
     model, plugin = _model(graph), flavour == "plugin"
     use_kernels(model, "triton" if plugin else "reference")
     try:
-        with _quiet():
+        # The plain attention lays its output out as written; a fused one's other strides would be
+        # traced as views that the exported graph cannot take (SAM's relative positions).
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.onnx.export(
                 graph.module,
                 tuple(inputs[name] for name in graph.inputs),
@@ -129,7 +132,7 @@ def with_weights(traced: Traced, graph: Graph, precision: Precision = "fp32") ->
     weights_to_half(model)
     part = _model(graph)
     parameters, state = dict(part.named_parameters()), part.state_dict()
-    size, casts = 0, []
+    weights, casts = [], []
     for (name, at), initializer in wanted.items():
         source = weight_sources.rounded(traced.sources[name], parameters)
         dtype = precisions.DTYPE[at]
@@ -140,17 +143,27 @@ def with_weights(traced: Traced, graph: Graph, precision: Precision = "fp32") ->
                 helper.make_node("Cast", [low], [initializer], f"{initializer}.cast", to=1)
             )
             dtype, initializer = "float16", low
-        size += int(np.prod(source.shape)) * (4 if dtype == "float32" else 2)
-        if size > MAX_BYTES:
-            raise ExportError(
-                f"graph {graph.outputs[0]}: its weights exceed 2 GiB, the most that one ONNX file "
-                "holds, and bundles keep no weights outside: choose a smaller preset"
-            )
-        tensor = model.graph.initializer.add(name=initializer)
-        weight_map.fill(tensor, source, dtype, state[source.key])
+        weights.append(weight_map.Weight(initializer, source, dtype))
     _prepend(model.graph, casts)
-    onnx.checker.check_model(model)
+    if sum(weight.bytes for weight in weights) > MAX_BYTES:
+        raise ExportError(
+            f"graph {graph.outputs[0]}: its weights exceed 2 GiB, the most that one ONNX file "
+            "holds, and bundles keep no weights outside: choose a smaller preset"
+        )
+    _check(model, weights)
+    for weight in weights:
+        weight_map.fill(model.graph.initializer.add(), weight, state[weight.source.key])
     return model
+
+
+def _check(model: onnx.ModelProto, weights: list[weight_map.Weight]) -> None:
+    """ONNX's checker on the graph with its weights as inputs: it copies what it checks, twice."""
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for weight in weights:
+        kind, shape = weight_map.DTYPES[weight.dtype][0], weight.source.shape
+        light.graph.input.append(helper.make_tensor_value_info(weight.name, kind, shape))
+    onnx.checker.check_model(light)
 
 
 def _model(graph: Graph) -> nn.Module:

@@ -7,7 +7,9 @@ the map is those of all graphs in one place, with digests of the constants that 
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,20 @@ DTYPES = {
     "float16": (TensorProto.FLOAT16, torch.float16),
     "bfloat16": (TensorProto.BFLOAT16, torch.bfloat16),
 }
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer to be: its name, where its content comes from, numpy's name of its dtype."""
+
+    name: str
+    source: Source
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """How long its content is."""
+        return math.prod(self.source.shape) * (4 if self.dtype == "float32" else 2)
 
 
 def build(protos: Mapping[str, onnx.ModelProto], model: nn.Module) -> dict[str, Any]:
@@ -50,22 +66,32 @@ def build(protos: Mapping[str, onnx.ModelProto], model: nn.Module) -> dict[str, 
     for name, proto in protos.items():
         graphs[name], constants[name] = {}, {}
         for tensor in proto.graph.initializer:
-            source = _source(tensor)
-            if source is None:
+            if (found := entry(tensor)) is None:
                 constants[name][tensor.name] = _digest(tensor)
                 continue
-            graphs[name][tensor.name] = _entry(tensor, source)
-            again = TensorProto()
-            _put(again, graphs[name][tensor.name], state)
+            graphs[name][tensor.name], again = found, TensorProto()
+            _put(again, found, state)
             if again.raw_data != tensor.raw_data:
-                raise ExportError(f"graph {name}: {tensor.name} is not the model's {source[0]}")
-    used = {entry["tensor"] for entries in graphs.values() for entry in entries.values()}
+                raise ExportError(
+                    f"graph {name}: {tensor.name} is not the model's {found['tensor']}"
+                )
+    used = {found["tensor"] for entries in graphs.values() for found in entries.values()}
     if lost := [key for key, _ in model.named_parameters() if key not in used]:
         raise ExportError(
             f"weights map: {len(lost)} parameters are in no graph, the first {lost[0]}: "
             "the graphs are not this model's, or were not exported by this release"
         )
     return {"schema_version": SCHEMA_VERSION, "graphs": graphs, "constants": constants}
+
+
+def entry(tensor: TensorProto) -> dict[str, Any] | None:
+    """A weight's entry in the map, from what the file says of its source; None for a constant."""
+    noted = next((item.value for item in tensor.metadata_props if item.key == SOURCE), None)
+    if noted is None:
+        return None
+    key, transform = json.loads(noted)
+    dtype = next(name for name, (kind, _) in DTYPES.items() if kind == tensor.data_type)
+    return {"tensor": key, "transform": transform, "dtype": dtype, "shape": list(tensor.dims)}
 
 
 def apply(
@@ -81,64 +107,51 @@ def apply(
         ExportError: an initializer or a tensor is missing or mis-shaped, or exceeds its dtype.
     """
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for name, entry in entries.items():
+    for name, wanted in entries.items():
         if name not in tensors:
             raise ExportError(f"weights map: the graph has no initializer {name}: export it anew")
-        _put(tensors[name], entry, state_dict)
+        _put(tensors[name], wanted, state_dict)
 
 
-def _put(tensor: TensorProto, entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def _put(tensor: TensorProto, wanted: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """One initializer's new content."""
-    key = entry["tensor"]
+    key = wanted["tensor"]
     if key not in state:
         raise ExportError(f"weights map: the checkpoint has no tensor {key}: export it anew")
-    transform = tuple(tuple(operation) for operation in entry["transform"])
-    fill(tensor, Source(key, transform, tuple(entry["shape"])), entry["dtype"], state[key])
+    transform = tuple(tuple(operation) for operation in wanted["transform"])
+    source = Source(key, transform, tuple(wanted["shape"]))
+    fill(tensor, Weight(tensor.name, source, wanted["dtype"]), state[key])
 
 
-def fill(tensor: TensorProto, source: Source, dtype: str, weight: Tensor) -> None:
+def fill(tensor: TensorProto, weight: Weight, value: Tensor) -> None:
     """Writes a weight into an initializer, with its source.
 
+    Args:
+        value: the checkpoint's tensor.
+
     Raises:
-        ExportError: the weight has another shape than the graph's, or exceeds the dtype.
+        ExportError: the tensor has another shape than the graph's, or exceeds the dtype.
     """
-    kind, torch_kind = DTYPES[dtype]
+    source, (kind, dtype) = weight.source, DTYPES[weight.dtype]
     try:
-        value = chain(weight.detach().cpu(), source.transform).to(torch_kind).contiguous()
+        put = chain(value.detach().cpu(), source.transform).to(dtype).contiguous()
     except (RuntimeError, IndexError):  # a slice or a new shape that does not fit
-        value = weight
-    if tuple(value.shape) != source.shape or value.dtype != torch_kind:
+        put = torch.empty(0)
+    if tuple(put.shape) != source.shape:
         raise ExportError(
-            f"weight {source.key}: {list(weight.shape)} does not make {list(source.shape)}: "
+            f"weight {source.key}: {list(value.shape)} does not make {list(source.shape)}: "
             "export the model anew"
         )
-    if not bool(value.isfinite().all()) and bool(weight.isfinite().all()):
-        raise ExportError(f"weight {source.key}: exceeds {dtype}: export at another precision")
+    if not bool(put.isfinite().all()) and bool(value.isfinite().all()):
+        raise ExportError(
+            f"weight {source.key}: exceeds {weight.dtype}: export at another precision"
+        )
     del tensor.dims[:], tensor.metadata_props[:]
-    tensor.dims.extend(value.shape)
-    tensor.data_type = kind
-    tensor.raw_data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
-    entry = tensor.metadata_props.add()
-    entry.key, entry.value = SOURCE, json.dumps([source.key, source.transform])
-
-
-def _source(tensor: TensorProto) -> tuple[str, Any] | None:
-    """What `fill` noted; None for a constant."""
-    for entry in tensor.metadata_props:
-        if entry.key == SOURCE:
-            key, transform = json.loads(entry.value)
-            return key, transform
-    return None
-
-
-def _entry(tensor: TensorProto, source: tuple[str, Any]) -> dict[str, Any]:
-    dtype = next(name for name, (kind, _) in DTYPES.items() if kind == tensor.data_type)
-    return {
-        "tensor": source[0],
-        "transform": source[1],
-        "dtype": dtype,
-        "shape": list(tensor.dims),
-    }
+    tensor.dims.extend(put.shape)
+    tensor.name, tensor.data_type = weight.name, kind
+    tensor.raw_data = put.reshape(-1).view(torch.uint8).numpy().tobytes()
+    note = tensor.metadata_props.add()
+    note.key, note.value = SOURCE, json.dumps([source.key, source.transform])
 
 
 def _digest(tensor: TensorProto) -> str:

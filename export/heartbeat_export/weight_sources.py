@@ -164,6 +164,8 @@ def _operations(
             ]
         case "Gather":
             return _lookup(attributes.get("axis", 0) % rank, given[0], source.shape)
+        case "GatherND" if given[0].shape[-1:] == (1,) and not attributes.get("batch_dims"):
+            return _lookup(0, given[0][..., 0], source.shape)
     return None
 
 
