@@ -1,8 +1,10 @@
 """A session: nothing is encoded twice, changes carry over, frames never stop, faults are told."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -327,3 +329,37 @@ def test_closing_ends_everything(session: Session, engine: ToyEngine) -> None:
     thread.join(5)
     assert waiting
     assert engine.ran.count("denoise") < 4
+
+
+def test_a_bundle_replaced_while_frames_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights come with the next clip, and nothing of the old ones is used for it."""
+    bundle = toy_bundle(tmp_path / "bundle")
+    # The toy's graphs are formulas: no file of it can be held to its manifest.
+    monkeypatch.setattr("heartbeat_fast.reload.Follow._try", lambda *a: None)
+    monkeypatch.setattr("heartbeat_fast.bundle.Bundle.verify", lambda self: None)
+    monkeypatch.setattr("heartbeat_fast.generator.open_engine", lambda *a: ToyEngine(a[1]))
+    generator = Generator.open(bundle, "toy")
+    manifest = tmp_path / "bundle" / "manifest.json"
+    with Session(generator, Settings(steps=4), anatomy=3, ef=50) as session:
+        assert session.frame().version == 1
+        old = generator.engine
+        new = json.loads(manifest.read_text())
+        new["fingerprints"]["weights"] = "newer"
+        (tmp_path / "next.json").write_text(json.dumps(new))
+        (tmp_path / "next.json").replace(manifest)
+        version = session.set(ef=30)
+        until(lambda: session.frame().version == version)
+        made = session.next().provenance
+        assert (made["weights"], made["carried_steps"]) == ("newer", 0)
+        assert generator.engine is not old  # the generator and its sessions are one
+        assert isinstance(generator.engine, ToyEngine)
+        assert {"text", "local", "context"} <= set(generator.engine.ran)
+
+        manifest.write_text("{")  # half written: passed over, and said
+        version = session.set(ef=20)
+        with pytest.warns(UserWarning, match="new weights passed over"):
+            until(lambda: session.frame().version == version)
+        assert session.fault is None
+        assert session.next().provenance["weights"] == "newer"

@@ -8,6 +8,7 @@ pytest.importorskip("pyigtl", reason="pyigtl comes with [serve]")
 
 from pathlib import Path
 
+from heartbeat_benchmarks import flicker
 from heartbeat_benchmarks.soak import lines, slope
 from heartbeat_benchmarks.soak_clients import Bad, Pyigtl, Steady
 from heartbeat_fast.controls import Settings
@@ -53,6 +54,16 @@ def test_clients_measure_and_misbehave_while_frames_go_on(tmp_path: Path) -> Non
     assert sum(sum(one.deeds.values()) for one in bad) >= 3
 
 
+def test_flicker_sees_the_joint_and_the_change(tmp_path: Path) -> None:
+    bundle = toy_bundle(tmp_path / "toy", frames=16)
+    rows = flicker.run(Generator(bundle, ToyEngine(bundle)), 2, Settings(steps=2))
+    for row in rows:
+        assert 0 < row["joint"] <= row["within"]
+        assert 0 < row["change"] < row["within"] + row["apart"]
+    assert rows[0] != rows[1]
+    assert "joint" in flicker.line(rows)
+
+
 def test_words_name_what_was_measured() -> None:
     client = {"age_ms": {"n": 3, "p50": 1.25}, "gap_ms": {"n": 2}, "late_gaps": 1}
     session = {"missed_deadlines": 2, "frames_due": 100, "clips": 3, "changes": 4, "faults": 0}
@@ -62,6 +73,7 @@ def test_words_name_what_was_measured() -> None:
         "blocking": [client],
         "pyigtl": [],
         "deeds": {"killed": 5},
+        "flicker": [],
         "memory": {"first_mb": 10.0, "last_mb": 11.0, "slope_mb_min": 0.1, "interval": [-0.2, 0.4]},
     }
     said = "\n".join(lines(result))

@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Soaks, says what was seen, stores it where asked."""
     from heartbeat_benchmarks import soak
 
-    names = ("minutes", "rate", "every", "clients", "pyigtl", "bad", "flicker")
-    names += ("engine", "steps", "carry")
+    names = [*("minutes", "rate", "every", "clients", "pyigtl", "bad", "flicker")]
+    names += ["engine", "steps", "carry"]
     plan = soak.Plan(**{name: getattr(arguments, name) for name in names})
     result = soak.run(arguments.bundle, plan)
     for line in soak.lines(result):
