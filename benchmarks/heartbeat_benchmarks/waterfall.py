@@ -227,10 +227,12 @@ def _quality(cases: Sequence[Case], made: Sequence[Frames], judge: Judge) -> dic
     """Means of SSIM and Dice, and the mean spectrum in dB; raw rows beside them."""
     rows = [measure(case, case, clip, judge(clip)) for case, clip in zip(cases, made, strict=True)]
     spectra = np.array([row["spectrum_db"] for row in rows])
+    judged = spectra[np.isfinite(spectra).all(1)]  # a clip without tissue has no spectrum
+    mean = judged.mean(0) if len(judged) else np.full(spectra.shape[1], np.nan)
     return {
         "ssim": float(np.mean([row["ssim"] for row in rows])),
         "dice": float(np.mean([row["dice"] for row in rows])),
-        "spectrum_db": spectra[np.isfinite(spectra).all(1)].mean(0).tolist(),
+        "spectrum_db": mean.tolist(),
         "flicker": float(np.mean([row["flicker"] for row in rows])),
         "rows": rows,
     }
