@@ -258,7 +258,8 @@ class Generator:
             grain = texture(flow, manifest.frames, manifest.size, stream)[None]
         with watch("decode"):
             frames = self.engine.run("decode", {"z": z, "noise": grain})["frames"][0, :, 0]
-        if not np.isfinite(frames).all():
+        # Latents too: OpenVINO's clamp makes a finite frame of NaN.
+        if not (np.isfinite(z).all() and np.isfinite(frames).all()):
             raise EngineError(
                 f"engine {self.engine.name}: frames came out as NaN: try another engine"
             )
