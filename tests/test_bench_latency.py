@@ -223,8 +223,8 @@ def test_verdict_names_drift_and_company() -> None:
     assert "40 %" in company
 
 
-def test_watch_tells_own_work_from_others() -> None:
-    """This process computes for a while, then a child that is not waited for through it does."""
+def test_watch_counts_own_work() -> None:
+    """A child that was waited for counts as own work."""
     watch = validity.Watch()
     subprocess.run([sys.executable, "-c", "sum(i * i for i in range(2_000_000))"], check=True)
     used = watch.read()

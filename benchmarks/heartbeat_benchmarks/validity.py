@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,6 @@ def verdict(
 def too_few(runs: int, wanted: int) -> list[str]:
     """A reason where the sample is too small for the percentile it was made for."""
     return [f"{runs} clips a row; {wanted} carry a p90"] if runs < wanted else []
-
-
-def spread(samples: Sequence[float]) -> float:
-    """Interquartile range over median: how unsteady a sample is."""
-    ordered = sorted(samples)
-    quarter = len(ordered) // 4
-    middle = ordered[len(ordered) // 2]
-    return (ordered[-1 - quarter] - ordered[quarter]) / middle if middle else 0.0
 
 
 def _busy() -> tuple[float, float] | None:
