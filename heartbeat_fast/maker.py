@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.anatomy import Anatomy
+from heartbeat_fast.carry import levels
 from heartbeat_fast.clip import Clip
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.controls import Settings, Wish
@@ -16,6 +17,7 @@ from heartbeat_fast.errors import EngineError, HeartBeatError
 from heartbeat_fast.generator import Float, Generator, Stopwatch
 from heartbeat_fast.heart import Beat, beat
 from heartbeat_fast.playback import Loop
+from heartbeat_fast.sampler import SamplerError
 from heartbeat_fast.warm import Memory, Warm
 
 
@@ -105,10 +107,13 @@ class Maker:
         return self._made(wish, values, frames, watch, start, seed, spacing, fps)
 
     def _start(self, latents: Float | None) -> int:
-        """The step a clip starts from; 0 is anew."""
+        """The step a clip starts from; 0 is anew, as with tables that nobody can start within."""
         if latents is None or not np.isfinite(latents).all():
             return 0
-        steps = self._table.steps
+        try:
+            steps = len(levels(self._table))
+        except SamplerError:
+            return 0
         return min(round(self.settings.carry * steps), steps - 1)
 
     def _moving(self, heart: Anatomy) -> Beat:

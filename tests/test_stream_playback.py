@@ -96,6 +96,23 @@ def test_a_perfect_model_gives_the_latents_back(prediction: str, dense: bool) ->
             assert np.allclose(out, z, atol=1e-4), (table.name, table.steps, start)
 
 
+def test_few_step_tables_can_be_resumed() -> None:
+    """They are no solvers, and their levels are the schedule's to a few hundredths."""
+    rng = np.random.default_rng(0)
+    z, noise = rng.standard_normal((2, 1, 2, 3, 4, 4))
+    few = [t for t in build_tables("v_prediction", (1, 2, 4)) if t.name == "few_step"]
+    assert len(few) == 3
+    for table in few:
+        seen = levels(table)
+        assert np.hypot(*seen.T) == pytest.approx(np.ones(table.steps), abs=0.03)
+        for start in range(table.steps):
+
+            def perfect(x: NDArray[np.float64], i: int) -> NDArray[np.float64]:
+                return np.asarray(seen[i, 0] * noise - seen[i, 1] * z)  # noqa: B023
+
+            assert np.allclose(resume(table, perfect, z, noise, start), z, atol=1e-4)
+
+
 def test_a_carried_start_follows_the_model() -> None:
     """Data N(μ, s²) have an exact model: wherever it starts, the mean moves on to μ."""
     table = next(t for t in tables("v_prediction") if t.name == "dpmpp_2m" and t.steps == 10)
