@@ -20,8 +20,8 @@ OUTPUTS = {
     "v_prediction": (_TURN, np.zeros(2)),
     "epsilon": (_NONE, np.array([0.0, 1.0])),
 }
-# Of α² + σ² = 1. Solvers keep it to 1e-6; few-step tables, which add the initial noise again as if it
-# held nothing of z, to 0.06 at their first step and 0.03 later.
+# Of α² + σ² = 1. Solvers keep it to 1e-6; few-step tables, which add the initial noise again as if
+# it held nothing of z, to 0.06 at their first step and 0.03 later.
 TOLERANCE = 0.08
 
 
