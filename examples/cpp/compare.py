@@ -84,7 +84,7 @@ def main() -> int:
         )
     wanted = generator(conditions, steps=options.steps, seed=options.seed).frames
     decibels = psnr(came, wanted)
-    print(f"{decibels:.1f} dB; {(came == wanted).mean():.2%} of pixels equal")
+    print(f"{decibels:.1f} dB; {(came == wanted).mean():.4%} of pixels equal")
     if options.preview:
         shown = [0, manifest.frames // 2, manifest.frames - 1]
         rows = [np.concatenate(list(clip[shown]), 1) for clip in (wanted, came)]

@@ -743,8 +743,9 @@ void write_clip(const Options& option) {
     write_npy(option.at("texture-out"), "<f4", {F, 2, S, S}, grain.data(), grain.size() * 4);
   known["z"] = {z, latents, {}};
   known["noise"] = {{1, F, 2, S, S}, grain, {}};
+  const Tensors decoded = graphs["decode"]->run(known);
   std::vector<uint8_t> frames;
-  for (float value : graphs["decode"]->run(known).at("frames").floats) {
+  for (float value : decoded.at("frames").floats) {
     if (!std::isfinite(value)) fail("frames came out as NaN");
     frames.push_back(static_cast<uint8_t>(std::clamp(value, 0.0f, 1.0f) * 255 + 0.5f));
   }
