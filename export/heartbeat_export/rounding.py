@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from heartbeat_fast.bundle import Bundle, FileSpec, GraphSpec
 
+BEYOND = 65520.0  # from here on fp16 rounds to infinity
 # Element type: significant bits, largest value. 1e30, not bfloat16's 3.4e38: splitting must not
 # overflow, and a masked score of −1e30 is as far below all others.
 LOW = {TensorProto.FLOAT16: (11, 65504.0), TensorProto.BFLOAT16: (8, 1e30)}
@@ -67,7 +68,7 @@ def rounding(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(nodes)
     for kind in sorted(kinds):
         bits, most = LOW[kind]
-        numbers = {"factor": 2.0 ** (24 - bits) + 1, "most": most, "least": -most}
+        numbers = {"factor": 2.0 ** (24 - bits) + 1, "most": most, "least": -most, "beyond": BEYOND}
         for key, number in numbers.items():
             tensor = numpy_helper.from_array(np.array(number, np.float32), f"round.{kind}.{key}")
             graph.initializer.append(tensor)
@@ -87,7 +88,7 @@ def _round(x: str, y: str, kind: int) -> list[onnx.NodeProto]:
         last = f"{y}.r"
         steps += [
             ("Abs", [x], f"{y}.a"),
-            ("LessOrEqual", [f"{y}.a", most], f"{y}.b"),
+            ("Less", [f"{y}.a", f"round.{kind}.beyond"], f"{y}.b"),
             ("Cast", [f"{y}.b"], f"{y}.one"),
         ]
     nodes = [helper.make_node(op, inputs, [out]) for op, inputs, out in steps]

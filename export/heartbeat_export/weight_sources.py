@@ -113,7 +113,9 @@ def fold(graph: onnx.GraphProto, weights: Mapping[str, Source]) -> dict[str, Sou
                     names[value] = _name(sources[value], set(names.values()))
                 node.input[i] = names[value]
     inputs = [value for value in graph.input if value.name not in weights]
-    for field, values in ((graph.node, kept), (graph.input, inputs)):
+    used = {value for node in kept for value in node.input}
+    rest = [tensor for tensor in graph.initializer if tensor.name in used]
+    for field, values in ((graph.node, kept), (graph.input, inputs), (graph.initializer, rest)):
         del field[:]
         field.extend(values)
     return {names[old]: source for old, source in sources.items() if old in names}
