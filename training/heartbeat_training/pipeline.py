@@ -22,6 +22,7 @@ from heartbeat_fast.models.config import PRESETS
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer, train_tiny_tokenizer
 from heartbeat_training import few_steps, real_data
+from heartbeat_training.calibration import calibrate
 from heartbeat_training.clips import ClipCache, phantoms
 from heartbeat_training.generated import generated_latents
 from heartbeat_training.hardware import Hardware
@@ -145,6 +146,7 @@ def _train_real_codec(
     """The codec stages on real frames: encoded ones, or as the denoiser would have them."""
     assert isinstance(model.codec, EchoCodec)
     recipe, generated = plan.codec if stage == "codec" else plan.texture, None
+    labels = None
     with main_first():
         if stage == "codec":
             frames = _frames(model, run, data)
@@ -158,16 +160,19 @@ def _train_real_codec(
             denoiser = DiffusionStage(model, cache, latents, words, stage=2, batch=1)
             generated = generated_latents(denoiser, folder).reshape(-1, *latents.shape[2:])
             frames = cache.frames.reshape(-1, *cache.frames.shape[2:])
+            labels = cache.labels.reshape(frames.shape)
     real = AdversarialCodecStage(
         model.codec,
         frames,
         recipe.batch,
         encoder=scratch and stage == "codec",
         generated=generated,
-        clip=1 if generated is None else model.config.frames,
     )
     train(real, recipe, run / stage, console, hardware)
     real.finish()
+    if generated is not None and labels is not None:
+        gain = calibrate(model.codec, generated, frames, labels, model.config.frames)
+        console.print(f"texture: grain × {gain:.2f}", highlight=False)
 
 
 def _frames(model: HeartBeat, run: Path, data: RealData) -> NDArray[np.uint8]:

@@ -27,7 +27,7 @@ SMOOTH = 6.0
 WIDTHS = (32, 64, 96)
 # Weights of the losses. Plain L1 punishes every grain that is not the real one: with weight 1 the
 # decoder drew smears and a regular dot pattern that only had the right power (docs/decisions.md).
-LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, WHOLE, HOLD = 4.0, 0.1, 2.0, 0.05, 0.3, 2.5, 0.01
+LOW, PLAIN, OUTSIDE, ADVERSARIAL, BAND, HOLD = 4.0, 0.1, 2.0, 0.05, 0.3, 0.01
 WARM = 150  # steps before the discriminator is believed
 # Groups of frequencies whose power is compared: rings (cycles/pixel), each in four orientations,
 # since grain lies across the beam.
@@ -35,10 +35,8 @@ WARM = 150  # steps before the discriminator is believed
 BANDS, LOWEST, HIGHEST, WAYS = 15, 0.02, 0.7325, 4
 GRAIN = 0.07  # cycles/pixel from which power has to come from the noise
 FLOOR = 0.01  # of a patch's band power, (grey/255)²: a Hann window of 32² times deviation 0.008
-WEAKEST = 1e-3  # the same where there is tissue
 TISSUE = (0.25, 0.8)  # mean grey over SPECKLED pixels where mean power is asked for
 SPECKLED, RIM = 4.0, 3  # pixels
-TOGETHER = 4  # frames of a clip that are drawn at once where frames come in clips
 GAIN = 8.0  # grain is a twentieth of the grey range; the critic is to see it first
 SLOW = 4.0  # a critic's weights start this large: normalised, they turn this much slower than ours
 
@@ -97,10 +95,7 @@ class AdversarialCodecStage:
         *,
         encoder: bool,
         generated: NDArray[np.float16] | None = None,
-        clip: int = 1,
     ) -> None:
-        """clip: so many frames in a row are of one clip; some of them are drawn together."""
-        self.clip, self.together = clip, min(TOGETHER, clip)
         self.name = "codec" if generated is None else "texture"
         self.generated = generated
         self.codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -117,7 +112,8 @@ class AdversarialCodecStage:
 
     def draw(self, step: int, rng: np.random.Generator, rows: slice) -> dict[str, Tensor]:
         """Frames, texture noise, what disturbs the latents, where patches begin, the step."""
-        picked = self._pick(rng)[rows]
+        few = len(self.frames) < self.batch
+        picked = np.sort(rng.choice(len(self.frames), self.batch, replace=few))[rows]
         side = self.frames.shape[-1] // 8
         jitter = torch.randn(self.batch, self.codec.mean.shape[1], side, side)
         shift = torch.from_numpy(rng.integers(PATCH, size=2)).expand(len(picked), 2)
@@ -152,14 +148,10 @@ class AdversarialCodecStage:
         band = (drawn - wanted).abs().mean()
         grain = (noise - wanted)[..., FINE:].abs().mean()
         # |x| seeks the median over patches, 1–2 dB under their mean: so the mean is asked for too,
-        # over tissue alone (echoes of valves and edges of chambers hid that walls lacked 1–2 dB),
-        # over several frames of a clip before the logarithm, and squared, since over clips too
-        # a median lay 1 dB under the mean.
+        # over tissue alone: echoes of valves and edges of chambers hid that walls lacked 1–2 dB.
         tissue = _tissue(real)
-        means = [_mean_power(x, tissue, shift) for x in (made, real)]
-        if len(real) % self.together == 0:
-            means = [m.unflatten(0, (-1, self.together)).mean(1) for m in means]
-        whole = ((means[0] + WEAKEST).log() - (means[1] + WEAKEST).log()).square().mean()
+        means = [(_mean_power(x, tissue, shift) + FLOOR).log() for x in (made, real)]
+        whole = (means[0] - means[1]).abs().mean()
         fool = -self.critic(made, frozen=True).float().mean()
         judge = (
             F.relu(1 - self.critic(real).float()).mean()
@@ -170,8 +162,7 @@ class AdversarialCodecStage:
             LOW * low
             + PLAIN * l1
             + OUTSIDE * outside
-            + BAND * (band / 2 + grain)
-            + WHOLE * whole
+            + BAND * (band / 2 + 4 * whole + grain)
             + believed * fool
             + judge
         )
@@ -190,16 +181,6 @@ class AdversarialCodecStage:
             scalars["hold"] = (mean**2).mean() + ((var - 1) ** 2).mean()
             loss = loss + HOLD * scalars["hold"]
         return {"loss": loss} | scalars
-
-    def _pick(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Rows of a batch: `together` of each of some clips."""
-        clips = len(self.frames) // self.clip
-        some = self.batch // self.together
-        first = np.sort(rng.choice(clips, some, replace=clips < some))
-        inside = [rng.choice(self.clip, self.together, replace=False) for _ in first]
-        return np.concatenate(
-            [self.clip * c + np.sort(k) for c, k in zip(first, inside, strict=True)]
-        )
 
     def _latents(self, batch: dict[str, Tensor]) -> Tensor:
         """Raw latents that the decoder gets: generated ones where there are any."""
