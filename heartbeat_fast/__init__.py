@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from heartbeat_fast.errors import HeartBeatError as HeartBeatError
     from heartbeat_fast.generator import Generator as Generator
     from heartbeat_fast.record import Record as Record
+    from heartbeat_fast.stream import Session as Session
 
 _HOME = {
     "Bundle": "bundle",
@@ -18,8 +19,9 @@ _HOME = {
     "Generator": "generator",
     "HeartBeatError": "errors",
     "Record": "record",
+    "Session": "stream",
 }
-__all__ = ["Bundle", "Clip", "Conditions", "Generator", "HeartBeatError", "Record"]
+__all__ = ["Bundle", "Clip", "Conditions", "Generator", "HeartBeatError", "Record", "Session"]
 __version__ = "0.1.0"
 
 

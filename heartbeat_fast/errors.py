@@ -28,6 +28,10 @@ class EngineError(HeartBeatError):
     """An engine is unknown or cannot run here."""
 
 
+class ServeError(HeartBeatError):
+    """A server cannot listen where it was asked to."""
+
+
 class MissingDependency(HeartBeatError):
     """An optional library is not installed; the message names the extra that brings it."""
 

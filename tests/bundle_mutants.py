@@ -210,9 +210,7 @@ def tokenizer(folder: Path, chance: Chance) -> None:
         if kind == 1:
             file["normalizer"]["normalizers"].append(pick(chance, [endless, growing, {"type": 7}]))
         elif kind == 2:
-            shift = pick(
-                chance, [1, 2**31]
-            )  # other words, or none
+            shift = pick(chance, [1, 2**31])  # other words, or none
             file["model"]["vocab"] = {k: v + shift for k, v in file["model"]["vocab"].items()}
         elif kind == 3:
             file["added_tokens"].append({**file["added_tokens"][0], "id": 9, "content": ""})

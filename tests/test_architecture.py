@@ -47,8 +47,10 @@ def test_imports_go_one_way(path: Path) -> None:
 
 LAYERS = {
     **dict.fromkeys(("conditions", "record", "extract", "clip", "bundle", "sampler"), 0),
+    **dict.fromkeys(("anatomy", "heart", "carry", "sector", "speckle", "untrusted"), 0),
     **dict.fromkeys(("engines", "formats"), 1),
-    **{"generator": 2, "stream": 3, "serve": 4, "cli": 5},
+    **{"generator": 2, "warm": 3, "serve": 5, "cli": 6},
+    **dict.fromkeys(("maker", "stream", "takes"), 4),
 }
 
 

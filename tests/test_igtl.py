@@ -16,10 +16,10 @@ import pytest
 from heartbeat_fast.anatomy import sample_anatomy
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.controls import Settings
-from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.errors import HeartBeatError, ServeError
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.serve import igtl, wire
-from heartbeat_fast.serve.igtl import IgtlServer, ServeError
+from heartbeat_fast.serve.igtl import IgtlServer
 from heartbeat_fast.serve.wire import Broken, Pose, WireError
 from heartbeat_fast.stream import Session
 from tests.fixtures_toy import FRAMES, SIZE, ToyEngine, toy_bundle

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from heartbeat_fast.anatomy import sample_anatomy
 from heartbeat_fast.record import Record
 from heartbeat_fast.speckle import texture
 from heartbeat_training import metrics
 from heartbeat_training.acoustics import Probe, complex_image
-from heartbeat_training.anatomy import sample_anatomy
 from heartbeat_training.geometry import Geometry
 from heartbeat_training.phantom import Scatterers, record, render_pair
 

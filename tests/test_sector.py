@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from heartbeat_fast.anatomy import sample_anatomy
 from heartbeat_fast.clip import Clip
 from heartbeat_fast.formats import open_record
 from heartbeat_fast.sector import Sector, estimate
-from heartbeat_training.anatomy import sample_anatomy
 from heartbeat_training.phantom import record
 
 CAMUS = Path(__file__).parents[2] / "shared/data/camus_a4c/database_nifti"

@@ -20,10 +20,10 @@ import pytest
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.cli import main
 from heartbeat_fast.conditions import Conditions
-from heartbeat_fast.errors import ConditionError, HeartBeatError
+from heartbeat_fast.errors import ConditionError, HeartBeatError, ServeError
 from heartbeat_fast.formats import open_record
 from heartbeat_fast.generator import Generator
-from heartbeat_fast.serve.application import MOST_VIEWERS, ServeError, Settings
+from heartbeat_fast.serve.application import MOST_VIEWERS, Settings
 from heartbeat_fast.serve.messages import accepted, array, clip_request, parsed
 from heartbeat_fast.serve.scene import Controls
 from heartbeat_fast.serve.worker import LONGEST_QUEUE

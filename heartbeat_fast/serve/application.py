@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from heartbeat_fast import __version__
 from heartbeat_fast.conditions import NAMES
-from heartbeat_fast.errors import ConditionError, EngineError, HeartBeatError, optional
+from heartbeat_fast.errors import (
+    ConditionError,
+    EngineError,
+    HeartBeatError,
+    ServeError,
+    optional,
+)
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.record import VIEWS
 from heartbeat_fast.sampler import SamplerError, choose
@@ -31,10 +37,6 @@ PAGE = Path(__file__).parent / "page"
 LARGEST_BODY = 48 * 2**20  # bytes: all seven conditions of a clip at 256, in float32 and base64
 BODY_SECONDS = 60  # within which a body must have come
 MOST_VIEWERS = 4
-
-
-class ServeError(HeartBeatError):
-    """The server cannot start as asked."""
 
 
 @dataclass(frozen=True)

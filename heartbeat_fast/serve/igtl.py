@@ -14,7 +14,7 @@ from typing import Any
 
 from heartbeat_fast.anatomy import Anatomy
 from heartbeat_fast.controls import check_control
-from heartbeat_fast.errors import HeartBeatError
+from heartbeat_fast.errors import HeartBeatError, ServeError
 from heartbeat_fast.serve import wire
 from heartbeat_fast.serve.commands import IGTL_PORT
 from heartbeat_fast.serve.wire import Message, Pose
@@ -23,10 +23,6 @@ from heartbeat_fast.stream import Session
 STALLED = 5.0  # seconds without a byte, within a message in either direction
 MAX_CLIENTS = 32
 STATUS_EVERY = 1.0  # seconds
-
-
-class ServeError(HeartBeatError):
-    """The server cannot listen where it was asked to."""
 
 
 @dataclass

@@ -5,9 +5,9 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from heartbeat_fast.errors import optional
+from heartbeat_fast.errors import ServeError, optional
 from heartbeat_fast.generator import Generator
-from heartbeat_fast.serve.application import ServeError, Settings, application
+from heartbeat_fast.serve.application import Settings, application
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from heartbeat_fast.anatomy import Anatomy
 from heartbeat_fast.speckle import PER_PIXEL, splat
-from heartbeat_training.anatomy import Anatomy
 from heartbeat_training.geometry import Map
 
 AXIAL = 1.05  # point-spread σ in depth samples at 256; the lateral one is Anatomy.beam

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from heartbeat_fast.anatomy import sample_anatomy
 from heartbeat_fast.conditions import NAMES, Conditions
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.record import Record
 from heartbeat_training import metrics
-from heartbeat_training.anatomy import sample_anatomy
 from heartbeat_training.phantom import record
 
 # Frames (F, H, W) uint8 → labels (F, H, W): segmenter.segment with its model bound, or any other.

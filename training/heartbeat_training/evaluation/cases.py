@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast import extract
+from heartbeat_fast.anatomy import sample_anatomy
 from heartbeat_fast.conditions import NAMES, Conditions
 from heartbeat_fast.errors import RecordError
 from heartbeat_fast.record import Record
 from heartbeat_training import metrics, phantom
-from heartbeat_training.anatomy import sample_anatomy
 from heartbeat_training.datasets import layout_of, open_dataset
 from heartbeat_training.datasets.base import ListedDataset
 from heartbeat_training.evaluation.distances import EvaluationError
