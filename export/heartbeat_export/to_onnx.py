@@ -33,7 +33,7 @@ from heartbeat_kernels import to_onnx as hb
 
 Flavour = Literal["standard", "plugin"]
 OPSET = 21
-OPSETS = (21, 23)
+OPSETS = (21, 22, 23)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def to_onnx(
     Args:
         inputs: example tensors by name; their shapes become the graph's.
         precision: what it computes in; inputs and outputs stay float32 and int64.
-        opset: 21, or 23 with its Attention node.
+        opset: 21; 22, whose convolutions know bfloat16; or 23 with its Attention node.
         flavour: "standard", or "plugin" with nodes of the domain "hb", which need our plugins.
 
     Raises:
@@ -87,7 +87,7 @@ def trace(
         ExportError: no such opset or flavour, or torch could not trace it.
     """
     if opset not in OPSETS or flavour not in get_args(Flavour):
-        raise ExportError(f"opset {opset}, flavour {flavour} came; wanted 21 or 23, {Flavour}")
+        raise ExportError(f"opset {opset}, flavour {flavour} came; wanted {OPSETS}, {Flavour}")
     model, plugin = _model(graph), flavour == "plugin"
     use_kernels(model, "triton" if plugin else "reference")
     try:
@@ -113,6 +113,7 @@ def trace(
         use_kernels(model, "reference")
     proto: onnx.ModelProto = program.model_proto
     _tidy(proto)
+    _drop_guards(proto.graph)
     sources = weight_sources.fold(proto.graph, sources)
     _restore_inputs(proto, graph, inputs)
     return Traced(proto, sources)
@@ -127,7 +128,7 @@ def with_weights(traced: Traced, graph: Graph, precision: Precision = "fp32") ->
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
     if precision == "bf16" and model.opset_import[0].version < 22:
-        raise ExportError("bf16: ONNX has bfloat16 convolutions from opset 22 on: choose opset 23")
+        raise ExportError("bf16: ONNX has bfloat16 convolutions from opset 22 on: choose 22 or 23")
     wanted = precisions.lower(model, set(traced.sources), precision)
     weights_to_half(model)
     part = _model(graph)
@@ -181,6 +182,30 @@ def _tidy(model: onnx.ModelProto) -> None:
     del model.graph.metadata_props[:]
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
+
+
+def _drop_guards(graph: onnx.GraphProto) -> None:
+    """Where(IsNaN(s), 0, s) after a softmax s becomes s: a guard against rows masked whole.
+
+    No mask here hides a whole row (a causal one leaves the diagonal), and TensorRT-RTX 1.7 fails on
+    the guard in half precision.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+    renamed: dict[str, str] = {}
+    guards = []
+    for node in graph.node:
+        test = made.get(node.input[0]) if node.op_type == "Where" else None
+        if test is None or test.op_type != "IsNaN" or test.input[0] != node.input[2]:
+            continue
+        if (source := made.get(node.input[2])) is not None and source.op_type == "Softmax":
+            renamed[node.output[0]] = node.input[2]
+            guards += [node, test]
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    used = {name for node in graph.node if node not in guards for name in node.input}
+    for node in guards:
+        if node.op_type == "Where" or node.output[0] not in used:
+            graph.node.remove(node)
 
 
 def _prepend(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
