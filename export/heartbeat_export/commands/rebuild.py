@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-wait", action="store_true", help="refuse where one is under way")
     for name, choices in (
         ("precision", ("fp32", "fp16", "bf16")),
-        ("opset", (21, 23)),
+        ("opset", (21, 22, 23)),
         ("flavour", ("standard", "plugin")),
     ):
         parser.add_argument(

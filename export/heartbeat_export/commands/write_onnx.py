@@ -25,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opset",
         type=int,
-        choices=(21, 23),
-        help="ONNX's; 23 has Attention nodes (default: 21, and 23 for bf16, which needs it)",
+        choices=(21, 22, 23),
+        help="ONNX's; 22 has bfloat16, 23 Attention nodes (default: 21, and 23 for bf16, which needs it)",
     )
     parser.add_argument(
         "--flavour",
