@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--opset",
         type=int,
         choices=(21, 22, 23),
-        help="ONNX's; 22 has bfloat16, 23 Attention nodes (default: 21, and 23 for bf16, which needs it)",
+        help="ONNX's; 22 has bfloat16, 23 Attention nodes (default: 21; 23 for bf16)",
     )
     parser.add_argument(
         "--flavour",
