@@ -81,7 +81,7 @@ def foreign(chance: Chance) -> tuple[int, bytes]:
     """Code of others: domains, endless loops, functions under a standard operator's name."""
     padding = int(chance.integers(3))
     domain = pick(chance, [b"com.microsoft", b"ai.onnx.contrib", b"pyop", b"com.evil", b"AI.ONNX"])
-    context = field(1, b"ep_cache_context") + field(4, b"/tmp/engine.bin") + field(20, 3)
+    context = field(1, b"ep_cache_context") + field(4, b"../engine.bin") + field(20, 3)
     node = field(4, b"EPContext") + field(5, context) + field(7, domain, padding)
     body = field(2, b"body") + field(NODE, field(4, b"Identity"))
     loop = field(4, b"Loop") + field(5, field(1, b"body") + field(6, body, padding))

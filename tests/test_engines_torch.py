@@ -10,11 +10,11 @@ from torch import Tensor
 from heartbeat_export.parity import beating_ring, psnr, relative_error
 from heartbeat_fast.bundle import GRAPHS, Bundle
 from heartbeat_fast.engines.torch_engine import TorchEngine, parse
-from heartbeat_fast.engines.torch_loop import Loop, condition_sets
 from heartbeat_fast.errors import EngineError
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.models.graphs import example_inputs
 from heartbeat_fast.models.heartbeat import HeartBeat
+from heartbeat_fast.models.sampling_loop import Loop, condition_sets
 from heartbeat_fast.sampler import sample
 
 

@@ -80,8 +80,8 @@ class TorchEngine:
 
     def _build(self, model: "HeartBeat") -> None:
         """Every fast choice in one place; the model knows of none."""
-        from heartbeat_fast.engines.torch_time import ExactTime
         from heartbeat_fast.models.blocks import use_kernels
+        from heartbeat_fast.models.exact_time import ExactTime
         from heartbeat_fast.models.graphs import build_graphs
 
         # Sinusoids of t = 500 lose most of their digits in half precision.
@@ -162,7 +162,7 @@ class TorchEngine:
         exactly nothing, is left out of the pass, so there is one captured graph per step count,
         number of condition sets and presence of an image.
         """
-        from heartbeat_fast.engines.torch_loop import Loop, condition_sets
+        from heartbeat_fast.models.sampling_loop import Loop, condition_sets
 
         with self._busy, self._torch.inference_mode():
             tensors = [{k: self._tensor(v) for k, v in each.items()} for each in conditions]
