@@ -25,12 +25,12 @@ from torch import Tensor
 from heartbeat_benchmarks.sets import conditions_of
 from heartbeat_benchmarks.timing import summary
 from heartbeat_fast.conditions import NAMES
-from heartbeat_fast.models.sampling_loop import Loop
 from heartbeat_fast.models.blocks import use_kernels
 from heartbeat_fast.models.codec import Codec, build_codec
 from heartbeat_fast.models.config import PRESETS, TINY, HeartBeatConfig
 from heartbeat_fast.models.graphs import Tensors
 from heartbeat_fast.models.heartbeat import HeartBeat
+from heartbeat_fast.models.sampling_loop import Loop
 from heartbeat_fast.sampler import SamplerTable
 
 OUT = Path(os.environ.get("OUT", "out/gpu"))

@@ -47,10 +47,15 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def newest(kind: str, folder: Path = FOLDER, weights: str | None = None) -> Path | None:
-    """The newest result of a kind, of a bundle with these weights where given; else None."""
+def newest(
+    kind: str, folder: Path = FOLDER, weights: str | None = None, having: str = ""
+) -> Path | None:
+    """The newest result of a kind, of a bundle with these weights and with a summary of the set
+    `having` where given; else None.
+    """
     for path in sorted(folder.glob(f"{kind}-*.json"), reverse=True):
-        if weights is None or _weights(load(path)) == weights:
+        found = load(path)
+        if weights in (None, _weights(found)) and (not having or having in found["summary"]):
             return path
     return None
 
