@@ -3,10 +3,8 @@
 Legend: F frames, C channels, h w latents, N tokens, S steps.
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from heartbeat_fast.errors import ConditionError, EngineError
 from heartbeat_fast.reload import Follow
 from heartbeat_fast.sampler import SamplerTable, choose, sample
 from heartbeat_fast.speckle import texture
+from heartbeat_fast.stopwatch import Stopwatch as Stopwatch
 from heartbeat_fast.text import Tokenizer
 
 STAGES = ("text", "image", "local", "context", "time", "denoise", "decode", "texture")
@@ -49,17 +48,7 @@ class Encoded:
     local: Float
 
 
-class Stopwatch:
-    """Wall-clock milliseconds by stage; stages that ran several times add up."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.ms[stage] += (time.perf_counter() - start) * 1e3
+Model = Callable[[Float, int, Encoded], Float]
 
 
 class Generator:
@@ -217,27 +206,40 @@ class Generator:
     ) -> Float:
         """Latents (1,F,C,h,w) from unit noise of this seed, by the table's S steps."""
         watch = watch or Stopwatch()
-        with watch("time"):
-            times = self._time_embeddings(table)
-        null = None
-        if guidance != 1.0:
-            null = self._null = self._null or self.encode(self._nothing(), watch)
-        noise = np.float32(temperature) * self._latent_noise(seed)
+        model = self.model(table, guidance, watch)
+        noise = np.float32(temperature) * self.noise(seed)
 
-        def model(z: Float, i: int) -> Float:
-            out = self._out(z, times[i], encoded)
-            if null is not None:
-                base = self._out(z, times[i], null)
-                out = base + np.float32(guidance) * (out - base)
+        def step(z: Float, i: int) -> Float:
+            out = model(z, i, encoded)
             if progress is not None:
                 progress(i + 1, table.steps)
             return out
 
         with watch("denoise"):
             if isinstance(self.engine, Looping) and self.engine.loops:
-                sets = [{"local": e.local, **e.context} for e in (encoded, null) if e is not None]
+                used = [e for e in (encoded, self._null if guidance != 1.0 else None) if e]
+                sets = [{"local": e.local, **e.context} for e in used]
+                times = self._time_embeddings(table)
                 return self.engine.loop(table, times, sets, guidance, noise, progress)
-            return sample(table, model, noise)
+            return sample(table, step, noise)
+
+    def model(self, table: SamplerTable, guidance: float, watch: Stopwatch) -> Model:
+        """The guided denoiser at a table's times: (z, i, encoded) → output of z's shape."""
+        with watch("time"):
+            times = self._time_embeddings(table)
+        null, manifest = None, self.bundle.manifest
+        if guidance != 1.0:
+            nothing = Conditions(frames=manifest.frames, size=manifest.size)
+            null = self._null = self._null or self.encode(nothing, watch)
+
+        def model(z: Float, i: int, encoded: Encoded) -> Float:
+            out = self._out(z, times[i], encoded)
+            if null is not None:
+                base = self._out(z, times[i], null)
+                out = base + np.float32(guidance) * (out - base)
+            return out
+
+        return model
 
     def decode(
         self,
@@ -265,14 +267,14 @@ class Generator:
             )
         return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
-    def _latent_noise(self, seed: int) -> Float:
-        """Unit noise (1,F,C,h,w), part of its power common to all frames: frames that start apart
-        each settle on a brightness of their own, and flicker."""
-        shape = self._zeros("denoise", "z").shape
+    def noise(self, seed: int, frames: int = 0) -> Float:
+        """Unit noise (1,F,C,h,w), F the bundle's or `frames`. Part of its power is common to all
+        frames: those that start apart each settle on a brightness of their own, and flicker."""
+        manifest = self.bundle.manifest
         rng = np.random.Generator(np.random.PCG64(seed))
-        shared = np.float32(self.bundle.manifest.shared_start)
-        own = rng.standard_normal(shape, np.float32)
-        common = rng.standard_normal((1, 1, *shape[2:]), np.float32)
+        shared = np.float32(manifest.shared_start)
+        own = rng.standard_normal((1, frames or manifest.frames, *manifest.latent), np.float32)
+        common = rng.standard_normal((1, 1, *manifest.latent), np.float32)
         return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
 
     def _keep(self, graph: str, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -290,9 +292,6 @@ class Generator:
             steps = (np.array([t], np.float32) for t in table.timesteps)
             self._times[key] = [self._keep("time", {"t": t})["temb"] for t in steps]
         return self._times[key]
-
-    def _nothing(self) -> Conditions:
-        return Conditions(frames=self.bundle.manifest.frames, size=self.bundle.manifest.size)
 
     def _zeros(self, graph: str, name: str) -> Float:
         """Zeros in the shape of a graph's input."""

@@ -4,7 +4,7 @@ One `Warm` serves any number of sessions; what belongs to one of them is in its 
 Legend: F frames, C channels, h w latents, S steps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,6 @@ from heartbeat_fast.generator import (
 from heartbeat_fast.sampler import SamplerTable, choose
 from heartbeat_fast.speckle import texture
 
-Model = Callable[[Float, int, Encoded], Float]
 # Which conditions each encoder reads. It sees the flags of its own ones only.
 GROUPS: dict[str, tuple[str, ...]] = {"text": ("text", "ef"), "image": ("image",), "local": LOCAL}
 
@@ -133,7 +132,7 @@ class Warm(Generator):
         """As `denoise`, from step `start` on, from latents (1,F,C,h,w) noised to its level."""
         watch = watch or Stopwatch()
         model = self.model(table, guidance, watch)
-        noise = np.float32(temperature) * self._latent_noise(seed)
+        noise = np.float32(temperature) * self.noise(seed)
 
         def step(z: Float, i: int) -> Float:
             out = model(z, i, encoded)
@@ -143,35 +142,6 @@ class Warm(Generator):
 
         with watch("denoise"):
             return resume(table, step, latents, noise, start)
-
-    def model(self, table: SamplerTable, guidance: float, watch: Stopwatch) -> Model:
-        """The guided denoiser at a table's times: (z, i, encoded) → output of z's shape."""
-        with watch("time"):
-            times = self._time_embeddings(table)
-        null = None
-        if guidance != 1.0:
-            null = self._null = self._null or self.encode(self._nothing(), watch)
-
-        def model(z: Float, i: int, encoded: Encoded) -> Float:
-            out = self._out(z, times[i], encoded)
-            if null is not None:
-                base = self._out(z, times[i], null)
-                out = base + np.float32(guidance) * (out - base)
-            return out
-
-        return model
-
-    def noise(self, seed: int, frames: int) -> Float:
-        """Initial unit noise of a take (1,L,C,h,w), with the share that all frames have in common.
-
-        As a clip's own, for another number of frames.
-        """
-        manifest = self.bundle.manifest
-        rng = np.random.Generator(np.random.PCG64(seed))
-        shared = np.float32(manifest.shared_start)
-        own = rng.standard_normal((1, frames, *manifest.latent), np.float32)
-        common = rng.standard_normal((1, 1, *manifest.latent), np.float32)
-        return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
 
     def decode_long(
         self, z: Float, flow: NDArray[Any] | None, seed: int, watch: Stopwatch
