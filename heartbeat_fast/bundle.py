@@ -99,6 +99,12 @@ class Manifest:
     flavour: str = "standard"
     opset: int = 21
 
+    def identity(self) -> dict[str, Any]:
+        """What a result says of the bundle it is of."""
+        names = ("name", "preset", "revision", "precision", "fingerprints", "parity")
+        hashes = {name: graph.sha256 for name, graph in self.graphs.items()}
+        return {name: getattr(self, name) for name in names} | {"graphs_sha256": hashes}
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         return json.dumps(asdict(self), indent=1)

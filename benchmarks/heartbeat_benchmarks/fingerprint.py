@@ -36,7 +36,7 @@ def fingerprint(bundle: Bundle | None = None) -> dict[str, Any]:
         "source": source(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    return found | ({"bundle": bundle_identity(bundle)} if bundle else {})
+    return found | ({"bundle": bundle.manifest.identity()} if bundle else {})
 
 
 def machine() -> dict[str, Any]:
@@ -62,19 +62,6 @@ def source() -> dict[str, Any]:
     commit = _run("git", "-C", here, "rev-parse", "HEAD")
     dirty = _run("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": bool(dirty)}
-
-
-def bundle_identity(bundle: Bundle) -> dict[str, Any]:
-    """Name, fingerprints, hash of every graph, and how far it is from torch (its parity record)."""
-    manifest = bundle.manifest
-    return {
-        "name": manifest.name,
-        "preset": manifest.preset,
-        "revision": manifest.revision,
-        "fingerprints": manifest.fingerprints,
-        "graphs_sha256": {name: graph.sha256 for name, graph in manifest.graphs.items()},
-        "parity": manifest.parity,
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from heartbeat_benchmarks import probe, validity
-from heartbeat_benchmarks.fingerprint import bundle_identity, fingerprint
+from heartbeat_benchmarks.fingerprint import fingerprint
 from heartbeat_benchmarks.timing import needed, summary
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.conditions import Conditions
@@ -123,7 +123,7 @@ def run(plan: Plan, judge: Judge) -> dict[str, Any]:
     workload = asdict(plan) | {"frames": size[0], "size": size[1], "conditions": "all"}
     return {
         "fingerprint": printed
-        | ({"fast": bundle_identity(Bundle.open(plan.fast))} if plan.fast else {}),
+        | ({"fast": Bundle.open(plan.fast).manifest.identity()} if plan.fast else {}),
         "workload": workload | {"model": plan.model.name},
         "peaks": {"before": peaks[0], "after": peaks[1]},
         "rows": found,

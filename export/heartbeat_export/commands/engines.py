@@ -149,7 +149,7 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
                 "dirty": revision.endswith("-dirty"),
             },
             "command": " ".join(["heartbeat-export", *sys.argv[1:]]),
-            "bundle": _identity(bundle) if bundle else {"random": options.random},
+            "bundle": bundle.manifest.identity() if bundle else {"random": options.random},
         },
         "note": "built, not run: no time or parity of these plans on a GPU is claimed here",
         "plans": plans,
@@ -157,19 +157,6 @@ def _record(options: argparse.Namespace, bundle: Any, plans: list[dict[str, Any]
     with atomic(options.json) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(options.json)
-
-
-def _identity(bundle: Any) -> dict[str, Any]:
-    """What the plans were built of."""
-    manifest = bundle.manifest
-    return {
-        "name": manifest.name,
-        "preset": manifest.preset,
-        "precision": manifest.precision,
-        "fingerprints": manifest.fingerprints,
-        "graphs_sha256": {name: spec.sha256 for name, spec in manifest.graphs.items()},
-        "parity": manifest.parity,
-    }
 
 
 def _list(options: argparse.Namespace) -> int:
