@@ -5,7 +5,9 @@ with the reference on fixed inputs; the verdict is kept, so the next start costs
 """
 
 import json
+import sys
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,8 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 5e-2}
 
 
 def open_fastest(bundle: Bundle, device: str, cache: EngineCache | None = None) -> Engine:
-    """The first candidate for this device that can run here and passes; a warning says why the
-    ones before it do not.
+    """The first candidate for this device that can run here and passes; a warning says why those
+    before it that are installed do not. `heartbeat doctor` says which others there are.
 
     Args:
         device: as in open_engine; "auto" is an NVIDIA GPU where there is one, else the CPU.
@@ -40,9 +42,10 @@ def open_fastest(bundle: Bundle, device: str, cache: EngineCache | None = None) 
     """
     cache = cache or EngineCache()
     reasons: list[str] = []
+    missing: list[str] = []
     for choice, where in candidates(device):
         if reason := unfit(choice):
-            reasons.append(reason)
+            (reasons if installed(choice) else missing).append(reason)
             continue
         try:
             engine = open_engine(choice, bundle, where)
@@ -54,9 +57,11 @@ def open_fastest(bundle: Bundle, device: str, cache: EngineCache | None = None) 
             reasons.append(reason)
             continue
         if reasons:
-            warnings.warn(f"{'; '.join(reasons)}: using {choice} on {where}", stacklevel=3)
+            said = "; ".join(dict.fromkeys(reasons))
+            warnings.warn(f"{said}: using {choice} on {where}", stacklevel=3)
         return engine
-    raise EngineError(f"no engine for {device!r} runs here: {'; '.join(reasons)}")
+    why = "; ".join(dict.fromkeys(missing + reasons))
+    raise EngineError(f"no engine for {device!r} runs here: {why}")
 
 
 def candidates(device: str) -> list[tuple[str, str]]:
@@ -79,6 +84,12 @@ def unfit(choice: str) -> str:
     name = choice.partition(":")[0]
     can, why = engine_class(name).available()
     return "" if can else f"engine {name} cannot run here: {why}"
+
+
+def installed(choice: str) -> bool:
+    """Whether an engine's library is there. Who has not installed an optional one lacks nothing."""
+    module = choice.partition(":")[0]  # engines bear their modules' names
+    return sys.modules.get(module) is not None or find_spec(module) is not None
 
 
 def refusal(choice: str, precision: str, errors: dict[str, float]) -> str:
