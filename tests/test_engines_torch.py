@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heartbeat_export.parity import beating_ring, psnr, relative_error
 from heartbeat_fast.bundle import GRAPHS, Bundle
+from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.engines.torch_engine import TorchEngine, parse
 from heartbeat_fast.errors import EngineError
 from heartbeat_fast.generator import Generator
@@ -79,7 +80,8 @@ def test_the_loop_equals_the_sampler(
         given = given.only(("text", "mask"))
     encoded = [generator.encode(given)]
     if guidance != 1:
-        encoded.append(generator.encode(generator._nothing()))
+        nothing = Conditions(frames=given.frames, size=given.size)
+        encoded.append(generator.encode(nothing))
     sets = [{"local": each.local, **each.context} for each in encoded]
     times = generator._time_embeddings(table)
     shape = next(s.shape for s in nano_bundle.manifest.graphs["denoise"].inputs if s.name == "z")

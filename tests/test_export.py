@@ -18,6 +18,7 @@ from heartbeat_export.build import build_bundle, weights_of
 from heartbeat_export.cli import main
 from heartbeat_export.to_onnx import ExportError, to_onnx, weights_to_half
 from heartbeat_fast.bundle import GRAPHS, Bundle
+from heartbeat_fast.engines.onnxruntime_engine import OnnxRuntimeEngine
 from heartbeat_fast.errors import BundleError, HeartBeatError
 from heartbeat_fast.models import graphs as graph_module
 from heartbeat_fast.models.config import NANO
@@ -36,6 +37,22 @@ def test_manifest_says_what_the_bundle_is(nano_bundle: Bundle, nano_model: Heart
     assert manifest.parity["clip_psnr_db"] >= parity.MIN_PSNR
     assert manifest.provenance == {"data": "none: random weights"}
     assert "Not for diagnosis" in (nano_bundle.path / "README.md").read_text()
+
+
+def test_gate_of_a_large_bundle_holds_one_graph_at_a_time(
+    nano_bundle: Bundle, nano_model: HeartBeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {name: {k: v.numpy() for k, v in given.items()}
+              for name, given in example_inputs(nano_model).items()}  # fmt: skip
+    whole = parity.engine_for(nano_bundle, nano_model)
+    monkeypatch.setattr(parity, "LARGE", 0)
+    engine = parity.engine_for(nano_bundle, nano_model)
+    assert isinstance(engine, OnnxRuntimeEngine)
+    assert engine.name == whole.name
+    for graph in ("text", "time", "text"):
+        got, wanted = engine.run(graph, inputs[graph]), whole.run(graph, inputs[graph])
+        assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+        assert list(engine._sessions) == [graph]
 
 
 def test_signatures_chain(nano_bundle: Bundle) -> None:

@@ -26,7 +26,11 @@ def arch(graphs: Mapping[str, onnx.ModelProto]) -> str:
     Names are replaced by order of appearance, since exporters number them anew. Integer constants
     are kept: they are shapes and axes, not weights.
     """
-    normal = {name: _normalised(graphs[name]) for name in sorted(graphs)}
+    return arch_of({name: normalised(graph) for name, graph in graphs.items()})
+
+
+def arch_of(normal: Mapping[str, Any]) -> str:
+    """As arch, of graphs that were `normalised` one after another, to hold one at a time."""
     text = json.dumps(normal, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -89,7 +93,8 @@ def build(manifest: Manifest, engine: Engine, driver: str = "") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _normalised(model: onnx.ModelProto) -> dict[str, Any]:
+def normalised(model: onnx.ModelProto) -> dict[str, Any]:
+    """A graph as JSON values, without weights and names."""
     number: dict[str, int] = {}
 
     def ids(names: Any) -> list[int]:

@@ -21,8 +21,10 @@ from heartbeat_export import fingerprints, parity, quick_gate, store, weight_map
 from heartbeat_export.build import build_bundle, weights_of
 from heartbeat_export.decide import Checkpoint, Decision, Road, decide, recipe_of
 from heartbeat_export.errors import ExportError
+from heartbeat_export.local_engines import Follower, Outcome
 from heartbeat_export.to_onnx import Recipe, to_onnx
 from heartbeat_fast.bundle import Bundle, FileSpec, Manifest
+from heartbeat_fast.engines.cache import EngineCache
 from heartbeat_fast.engines.torch_engine import TorchEngine
 from heartbeat_fast.models.graphs import build_graphs, example_inputs, round_to_half
 
@@ -37,7 +39,8 @@ class Report:
     Args:
         road, reasons, changed: see decide.Decision.
         before, after: fingerprints of the weights.  build: of the result on the gate's engine.
-        parity: relative L2 of the graphs that changed, and the clip in dB.
+        engines: what became of the graphs that engines had compiled here (local_engines.Outcome).
+        parity: relative L2 by graph; after a full export also a clip in dB.
         written: bytes of new files.  seconds: by stage; all of it under "all".
     """
 
@@ -48,10 +51,15 @@ class Report:
     before: str = ""
     after: str = ""
     build: str = ""
+    engines: list[dict[str, Any]] = field(default_factory=list)
     parity: dict[str, Any] = field(default_factory=dict)
     written: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
+
+    def tell(self, outcomes: list[Outcome]) -> None:
+        """What became of compiled engines."""
+        self.engines = [asdict(outcome) for outcome in outcomes]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -74,6 +82,7 @@ def rebuild(
     recipe: Recipe | None = None,
     dry_run: bool = False,
     wait: bool = True,
+    warm: bool = False,
     revision: str = "unknown",
     say: Say = lambda line: None,
 ) -> Report:
@@ -84,6 +93,8 @@ def rebuild(
         recipe: precision, opset and flavour; by default the bundle's own.
         dry_run: decide only; nothing is written, not even the lock.
         wait: for another rebuild of the same bundle; else refuse.
+        warm: engines that were compiled here for the old weights are for the new ones, before the
+            switch, where no refit does it; else when they are next opened.
         revision: of the source, for the manifest.  say: called with one line a step.
 
     Raises:
@@ -96,7 +107,9 @@ def rebuild(
         with report.stage("load"):
             opened = Checkpoint.open(checkpoint)
         if dry_run:
-            _decide(Bundle.open(folder), opened, recipe, report)
+            bundle = Bundle.open(folder)
+            decision = _decide(bundle, opened, recipe, report)
+            report.tell(Follower(bundle, decision, opened.model, EngineCache(), warm).foresee())
             return report
         with ExitStack() as held:
             with report.stage("lock"):
@@ -107,7 +120,9 @@ def rebuild(
             for reason in decision.reasons:
                 say(reason)
             say(f"road: {decision.road}")
-            _Work(bundle, opened, recipe or recipe_of(bundle), revision, report, say).run(decision)
+            follower = Follower(bundle, decision, opened.model, EngineCache(), warm)
+            wanted = recipe or recipe_of(bundle)
+            _Work(bundle, opened, wanted, revision, report, say, follower).run(decision)
     return report
 
 
@@ -116,11 +131,8 @@ def _decide(
 ) -> Decision:
     with report.stage("decide"):
         decision = decide(bundle, checkpoint, recipe)
-    report.road, report.reasons, report.changed = (
-        decision.road.value,
-        decision.reasons,
-        decision.changed,
-    )
+    report.road, report.reasons = decision.road.value, decision.reasons
+    report.changed = decision.changed
     report.before = report.after = bundle.manifest.fingerprints.get("weights", "")
     return decision
 
@@ -135,6 +147,7 @@ class _Work:
     revision: str
     report: Report
     say: Say
+    follower: Follower
 
     def run(self, decision: Decision) -> None:
         """Takes the decision's road; a gate that fails leads to a full export."""
@@ -151,6 +164,8 @@ class _Work:
                 self.say(decision.reasons[-1])
         if decision.road is Road.FULL:
             manifest = self._full()
+        with self.report.stage("engines"):
+            self.report.tell(self.follower.follow(Bundle(self.bundle.path, manifest)))
         with self.report.stage("switch"):
             after = store.commit(self.bundle, manifest)
         self.report.after = manifest.fingerprints["weights"]
@@ -242,15 +257,12 @@ class _Work:
         model = self.checkpoint.model
         engine, reference = parity.engine_for(staged, model), TorchEngine(model, staged)
         found = quick_gate.measure(staged, engine, reference, changed)
-        parity.gate(found.errors, found.decibels, manifest.precision)
-        old = manifest.parity
-        errors = {name: float(f"{error:.3e}") for name, error in found.errors.items()}
-        return {
-            **old,
+        parity.gate(found, None, manifest.precision)
+        errors = {name: float(f"{error:.3e}") for name, error in found.items()}
+        return {  # and no clip_psnr_db: the old one was of other weights
             "engine": engine.name,
             "reference": f"torch {torch.__version__}",
-            "relative_l2": {**old.get("relative_l2", {}), **errors},
-            "clip_psnr_db": round(found.decibels, 2),
+            "relative_l2": {**manifest.parity.get("relative_l2", {}), **errors},
         }
 
     def _full(self) -> Manifest:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -28,6 +28,13 @@ DTYPES = {
     "float16": (TensorProto.FLOAT16, torch.float16),
     "bfloat16": (TensorProto.BFLOAT16, torch.bfloat16),
 }
+
+
+class GraphMap(NamedTuple):
+    """One graph's part of the map: where its weights come from, digests of its constants."""
+
+    entries: dict[str, Any]
+    constants: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -61,20 +68,32 @@ def build(protos: Mapping[str, onnx.ModelProto], model: nn.Module) -> dict[str, 
             source was lost, and new weights could not be put in.
     """
     state = model.state_dict()
-    graphs: dict[str, dict[str, Any]] = {}
-    constants: dict[str, dict[str, str]] = {}
-    for name, proto in protos.items():
-        graphs[name], constants[name] = {}, {}
-        for tensor in proto.graph.initializer:
-            if (found := entry(tensor)) is None:
-                constants[name][tensor.name] = _digest(tensor)
-                continue
-            graphs[name][tensor.name], again = found, TensorProto()
-            _put(again, found, state)
-            if again.raw_data != tensor.raw_data:
-                raise ExportError(
-                    f"graph {name}: {tensor.name} is not the model's {found['tensor']}"
-                )
+    return whole({name: of_graph(name, proto, state) for name, proto in protos.items()}, model)
+
+
+def of_graph(name: str, proto: onnx.ModelProto, state: Mapping[str, Tensor]) -> GraphMap:
+    """One graph's part of the map, checked against the state dict that it was made of.
+
+    Raises:
+        ExportError: a weight does not hold what its source says.
+    """
+    entries: dict[str, Any] = {}
+    constants: dict[str, str] = {}
+    for tensor in proto.graph.initializer:
+        if (found := entry(tensor)) is None:
+            constants[tensor.name] = _digest(tensor)
+            continue
+        entries[tensor.name], again = found, TensorProto()
+        _put(again, found, state)
+        if again.raw_data != tensor.raw_data:
+            raise ExportError(f"graph {name}: {tensor.name} is not the model's {found['tensor']}")
+    return GraphMap(entries, constants)
+
+
+def whole(parts: Mapping[str, GraphMap], model: nn.Module) -> dict[str, Any]:
+    """The content of weights_map.json of all graphs' parts; errors as `build`."""
+    graphs = {name: part.entries for name, part in parts.items()}
+    constants = {name: part.constants for name, part in parts.items()}
     used = {found["tensor"] for entries in graphs.values() for found in entries.values()}
     if lost := [key for key, _ in model.named_parameters() if key not in used]:
         raise ExportError(
