@@ -17,6 +17,7 @@ from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.errors import (
     ConditionError,
     EngineError,
+    FileError,
     HeartBeatError,
     ServeError,
     optional,
@@ -117,8 +118,11 @@ def _add_health(app: "FastAPI", worker: Worker) -> None:
         return responses.JSONResponse({"error": why}, 503)
 
     @app.get("/v1/info")
-    async def info() -> dict[str, Any]:
-        return facts(worker.generator)
+    async def info() -> Any:
+        try:
+            return facts(worker.generator)
+        except HeartBeatError as error:  # its folder went away: clips go on from memory
+            return _answer(error)
 
 
 def facts(generator: Generator) -> dict[str, Any]:
@@ -131,6 +135,7 @@ def facts(generator: Generator) -> dict[str, Any]:
     return {
         "version": __version__,
         "bundle": manifest.name,
+        "weights": manifest.fingerprints.get("weights", ""),
         "frames": manifest.frames,
         "size": manifest.size,
         "engine": engine.name,
@@ -229,6 +234,8 @@ def _answer(error: Exception) -> "Response":
             return _error(422, str(error))
         case EngineError() if "wanted" in str(error):
             return _error(422, str(error))
+        case FileError():  # the clip was made, and found no room on its way out
+            return _error(507, str(error))
         case HeartBeatError():
             return _error(503, str(error))
     print(f"heartbeat serve: error: {type(error).__name__}: {error}", file=sys.stderr)
@@ -241,10 +248,13 @@ def _add_stream(app: "FastAPI", worker: Worker) -> None:
     gone = optional("fastapi", "web").WebSocketDisconnect
 
     async def stream(socket: "WebSocket") -> None:
+        nonlocal start
         await socket.accept()
         if len(viewers) >= MOST_VIEWERS:
             await socket.close(1013, f"{MOST_VIEWERS} viewers already: try again later")
             return
+        with suppress(HeartBeatError):  # new weights may come with other samplers
+            start = Controls(**facts(worker.generator)["start"])
         viewer = Viewer(worker.generator, start, socket.send_json, socket.send_bytes)
         viewers.add(viewer)
         try:

@@ -277,6 +277,7 @@ class IgtlServer:
             "fault": fault,
             "latency_s": round(stats.latencies[-1], 4) if stats.latencies else None,
             "bundle": session.manifest.name,
+            "weights": session.manifest.fingerprints.get("weights", ""),
             "synthetic": True,
             "not_for_diagnosis": True,
         }

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from heartbeat_fast.clip import Clip
 from heartbeat_fast.conditions import NAMES, Conditions
-from heartbeat_fast.errors import ConditionError
+from heartbeat_fast.errors import ConditionError, FileError
 from heartbeat_fast.serve.scene import Controls, scene
 
 KINDS = {
@@ -199,9 +199,12 @@ def accepted(accept: str) -> tuple[str, str] | None:
 
 
 def encoded(clip: Clip, suffix: str, *, mark: bool) -> bytes:
-    """The bytes of `Clip.save`."""
-    with tempfile.TemporaryDirectory() as folder:
-        return clip.save(Path(folder) / f"clip{suffix}", mark=mark).read_bytes()
+    """The bytes of `Clip.save`. Raises: FileError: no room for them on the disk, or as it says."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return clip.save(Path(folder) / f"clip{suffix}", mark=mark).read_bytes()
+    except OSError as error:
+        raise FileError(f"clip: cannot be written ({error.strerror})") from error
 
 
 def frame_message(header: dict[str, Any], *planes: NDArray[np.uint8]) -> bytes:

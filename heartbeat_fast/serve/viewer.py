@@ -170,6 +170,7 @@ class Viewer:
         beat = max(self.frames - 1, 1)  # a whole beat's last frame is the next one's first
         index = int(frame.phase * beat) % beat
         engine, settings = self._generator.engine, session.settings
+        manifest = session.manifest
         latency = session.stats.latencies[-1] if session.stats.latencies else None
         fault = session.fault
         header = {
@@ -189,7 +190,8 @@ class Viewer:
             "dropped": dropped,
             "spacing_mm": shown.spacing_mm,
             "conditions": shown.present,
-            "bundle": self._generator.bundle.manifest.name,
+            "bundle": manifest.name,
+            "weights": manifest.fingerprints.get("weights", ""),
             "engine": engine.name,
             "precision": engine.precision,
             "sampler": settings.sampler,
