@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heartbeat_fast.engines.private_files import READ, Unsound, check_owned
 from heartbeat_fast.errors import EngineError, FileError
 from heartbeat_fast.files import atomic
 
@@ -45,10 +46,6 @@ class Entry:
     facts: dict[str, Any]
     bytes: int
     used: float
-
-
-class _Unsound(Exception):
-    """Why a file or folder is not used."""
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
@@ -111,7 +108,7 @@ class EngineCache:
             if not os.path.lexists(path):
                 return None
             content = self._verified(path)[1]
-        except (_Unsound, OSError) as reason:
+        except (Unsound, OSError) as reason:
             self._refuse(path, reason)
             return None
         with contextlib.suppress(OSError):
@@ -134,12 +131,12 @@ class EngineCache:
         try:
             self._check_folder(create=True)
             if len(content) > min(ENTRY_MAX, self.limit):
-                raise _Unsound(f"{len(content)} bytes; at most {min(ENTRY_MAX, self.limit)}")
+                raise Unsound(f"{len(content)} bytes; at most {min(ENTRY_MAX, self.limit)}")
             digest = _digest(self._key(), header, content)
             parts = (MAGIC, len(header).to_bytes(4, "little"), digest, header, content)
             self._write(path, parts)
             self._trim(path)
-        except (_Unsound, OSError, FileError) as reason:
+        except (Unsound, OSError, FileError) as reason:
             warnings.warn(f"engine cache {self.folder}: not kept ({reason})", stacklevel=3)
             return None
         return path
@@ -153,10 +150,22 @@ class EngineCache:
         for used, _, path in reversed(self._files()):
             try:
                 header, content = self._verified(path)
-            except (_Unsound, OSError) as reason:
+            except (Unsound, OSError) as reason:
                 self._refuse(path, reason)
                 continue
             yield Entry(header["key"], header["label"], header["facts"], len(content), used)
+
+    def headers(self) -> Iterator[Entry]:
+        """Every entry as its header describes it, unverified: quick to list, whatever its size.
+        Only to say what is there; what is used comes from `get`."""
+        for used, size, path in self._files():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with os.fdopen(os.open(path, READ), "rb") as file:
+                    check = file.read(FIXED)
+                    length = int.from_bytes(check[len(MAGIC) : len(MAGIC) + 4], "little")
+                    said = json.loads(file.read(min(length, HEADER_MAX)))
+                if fingerprint(said["facts"]) == path.stem:
+                    yield Entry(path.stem, said["label"], said["facts"], size, used)
 
     def clear(self) -> int:
         """Removes every entry; returns how many there were."""
@@ -169,7 +178,7 @@ class EngineCache:
         """One line for `doctor`: the folder, and why it is not used where it is not."""
         try:
             self._check_folder()
-        except _Unsound as reason:
+        except Unsound as reason:
             return f"{self.folder}: not used, {reason}"
         files = self._files()
         size = sum(size for _, size, _ in files) / 1e6
@@ -180,35 +189,35 @@ class EngineCache:
 
         Everything is read through one handle: what was checked is what is used.
         """
-        handle = os.open(path, _READ)
+        handle = os.open(path, READ)
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())
-            _check_owned(status)
+            check_owned(status)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise _Unsound("not a plain file of one name")
+                raise Unsound("not a plain file of one name")
             if not FIXED < status.st_size <= ENTRY_MAX + HEADER_MAX + FIXED:
-                raise _Unsound(f"truncated or too large ({status.st_size} bytes)")
+                raise Unsound(f"truncated or too large ({status.st_size} bytes)")
             fixed = file.read(FIXED)
             length = int.from_bytes(fixed[len(MAGIC) : len(MAGIC) + 4], "little")
             if not fixed.startswith(MAGIC) or not 0 < length <= HEADER_MAX:
-                raise _Unsound("no engine of this cache")
+                raise Unsound("no engine of this cache")
             header, content = file.read(length), file.read(status.st_size)
         if not hmac.compare_digest(fixed[-32:], _digest(self._key(), header, content)):
-            raise _Unsound("altered, or written elsewhere")
+            raise Unsound("altered, or written elsewhere")
         said: dict[str, Any] = json.loads(header)
         if f"{said['key']}.engine" != path.name or fingerprint(said["facts"]) != said["key"]:
-            raise _Unsound("an engine of something else under this name")
+            raise Unsound("an engine of something else under this name")
         return said, content
 
     def _check_folder(self, create: bool = False) -> None:
-        """Raises _Unsound unless the folder is absent, or ours alone and no link."""
+        """Raises Unsound unless the folder is absent, or ours alone and no link."""
         if create:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             status = self.folder.lstat()
             if not stat.S_ISDIR(status.st_mode):
-                raise _Unsound("no folder, or a link to one")
-            _check_owned(status)
+                raise Unsound("no folder, or a link to one")
+            check_owned(status)
 
     def _key(self) -> bytes:
         """The HMAC key, made on first use. One that others could know is replaced, and with it
@@ -216,18 +225,18 @@ class EngineCache:
         path = self.folder / "key"
         for _ in range(3):
             try:
-                handle = os.open(path, _READ)
+                handle = os.open(path, READ)
                 with os.fdopen(handle, "rb") as file:
-                    _check_owned(os.fstat(file.fileno()))
+                    check_owned(os.fstat(file.fileno()))
                     if len(key := file.read(33)) == 32:
                         return key
                 path.unlink(missing_ok=True)
-            except _Unsound:
+            except Unsound:
                 path.unlink(missing_ok=True)
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another process was first
                     self._write(path, (secrets.token_bytes(32),), os.link)
-        raise _Unsound("its key cannot be kept private")
+        raise Unsound("its key cannot be kept private")
 
     def _write(
         self, path: Path, parts: tuple[bytes, ...], name: Callable[[Path, Path], Any] = os.replace
@@ -268,15 +277,9 @@ class EngineCache:
         """Says why a file is not used, and removes it where it is in a folder of ours."""
         said = reason.strerror if isinstance(reason, OSError) else reason
         warnings.warn(f"engine cache {path}: not used ({said}): built anew", stacklevel=4)
-        with contextlib.suppress(_Unsound, OSError):
+        with contextlib.suppress(Unsound, OSError):
             self._check_folder()
             path.unlink(missing_ok=True)
-
-
-# No links; and a pipe put in a file's place must not hang whoever opens it.
-_READ = os.O_RDONLY
-for _flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
-    _READ |= getattr(os, _flag, 0)
 
 
 def _digest(key: bytes, header: bytes, content: bytes) -> bytes:
@@ -284,14 +287,3 @@ def _digest(key: bytes, header: bytes, content: bytes) -> bytes:
     digest.update(header)
     digest.update(content)
     return digest.digest()
-
-
-def _check_owned(status: os.stat_result) -> None:
-    """Raises _Unsound where another user owns it or others may touch it. Windows keeps a user's
-    folders apart by access lists, and its modes say nothing."""
-    if not hasattr(os, "geteuid"):
-        return
-    if status.st_uid != os.geteuid():
-        raise _Unsound(f"owned by user {status.st_uid}, not {os.geteuid()}")
-    if status.st_mode & 0o077:
-        raise _Unsound(f"open to other users, mode {status.st_mode & 0o777:03o}; wanted 700 or 600")
