@@ -15,6 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded one's")
     parser.add_argument("--preset", default="", help="random weights of a preset, e.g. base")
     parser.add_argument("--runs", type=int, default=7, help="rebuilds (default: 7, for a median)")
+    parser.add_argument(
+        "--stage", type=int, choices=(0, 1, 2), default=2, help="whose weights move; 0: all of them"
+    )
     options.folder(parser)
 
 
@@ -23,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from heartbeat_benchmarks import rebuild
 
     model = arguments.model or rebuild.MODEL
-    result = rebuild.run(model, arguments.runs, arguments.preset)
+    result = rebuild.run(model, arguments.runs, arguments.preset, arguments.stage)
     path = results.save("rebuild", result, arguments.results)
     print(f"{rebuild.table(result)}\nraw rows: {path}")
     return 0
