@@ -166,7 +166,9 @@ def _add_clips(app: "FastAPI", worker: Worker) -> None:
         except TimeoutError:
             return _error(408, f"body: not there after {BODY_SECONDS} s")
         if body is None:
-            return _error(413, f"body: too long; wanted at most {LARGEST_BODY} bytes")
+            # Closed, or what is left of it would be read to its end.
+            sentence = f"body: too long; wanted at most {LARGEST_BODY} bytes"
+            return _error(413, sentence, Connection="close")
         asked = await asyncio.to_thread(clip_request, body, manifest.frames, manifest.size)
         prepare = lambda: asked.prepared(manifest.frames, manifest.size)  # noqa: E731
         ticket = worker.ask(prepare, asked.seconds)
