@@ -19,6 +19,7 @@ from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.engines.base import Arrays, check_inputs, signature
 from heartbeat_fast.engines.cache import EngineCache
 from heartbeat_fast.engines.machine import is_whole, threads
+from heartbeat_fast.engines.tensorrt_plugins import refuse
 from heartbeat_fast.errors import EngineError, MissingDependency, optional
 
 # What a precision asks of the processor, and the type OpenVINO then computes in. Quantised layers
@@ -59,8 +60,9 @@ class OpenVinoEngine:
             cache: of compiled graphs; the user's own where none is given.
 
         Raises:
-            EngineError: no such device or precision here.
+            EngineError: no such device or precision here, or a bundle of the plugin flavour.
         """
+        refuse(bundle, self.name)
         self._ov = optional("openvino", "openvino")
         self._core = self._ov.Core()
         seen = [known.lower() for known in self._core.available_devices]

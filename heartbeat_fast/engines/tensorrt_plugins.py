@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.errors import EngineError, optional
 
 NAMESPACE = "hb"
@@ -30,6 +31,19 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], dict[str, type]]] = {
 def needed(content: bytes) -> bool:
     """Whether an ONNX file is of the plugin flavour."""
     return MARK in content
+
+
+def refuse(bundle: Bundle, engine: str) -> None:
+    """For engines that do not know the nodes of the plugin flavour, before anything is loaded.
+
+    Raises:
+        EngineError: the bundle is of that flavour.
+    """
+    if bundle.manifest.flavour == "plugin":
+        raise EngineError(
+            f"engine {engine}: bundle {bundle.manifest.name} is of the plugin flavour, whose nodes "
+            "TensorRT alone takes: use engine tensorrt, or export it with --flavour standard"
+        )
 
 
 @cache

@@ -6,10 +6,12 @@ keeps it in a runtime cache. That is code as well, so it goes through the engine
 
 from typing import Any
 
+from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.engines import cuda
-from heartbeat_fast.engines.cache import fingerprint
+from heartbeat_fast.engines.cache import EngineCache, fingerprint
 from heartbeat_fast.engines.tensorrt_engine import Loaded, TensorRtEngine
 from heartbeat_fast.engines.tensorrt_plan import TARGETS, TENSORRT_RTX, Recipe, facts
+from heartbeat_fast.engines.tensorrt_plugins import refuse
 from heartbeat_fast.errors import EngineError
 
 # Ampere and later: Turing (SM75) has no bfloat16. One more target costs a plan some 2 kB.
@@ -22,6 +24,17 @@ class TensorRtRtxEngine(TensorRtEngine):
     name = "tensorrt_rtx"
     family = TENSORRT_RTX
     recorded = ()  # the library records the whole graph itself, once it has compiled it
+
+    def __init__(
+        self, bundle: Bundle, device: str = "cuda", cache: EngineCache | None = None
+    ) -> None:
+        """As TensorRtEngine.
+
+        Raises:
+            EngineError: a bundle of the plugin flavour, too.
+        """
+        refuse(bundle, self.name)
+        super().__init__(bundle, device, cache)
 
     @classmethod
     def recipe_for(cls, gpu: cuda.Gpu) -> Recipe:
