@@ -216,6 +216,16 @@ def test_what_cannot_be_refitted_is_stale_and_says_why(
     assert cache.get(facts(TENSORRT, now, Recipe(), cuda.Gpu.find("cuda"))) is None
 
 
+def test_a_cache_that_others_can_write_to_is_not_looked_into(
+    install: Install, bundle: Bundle, cache: EngineCache, checkpoints: list[Path]
+) -> None:
+    install("11.4.0.106")
+    list(build_all(TENSORRT, bundle, [Recipe()], GRAPHS, cache))
+    cache.folder.chmod(0o777)
+    report = rebuild(bundle.path, checkpoints[1], dry_run=True)
+    assert (report.road, report.engines) == ("swap", [])
+
+
 def test_a_traced_graph_is_not_refitted(
     install: Install, bundle: Bundle, cache: EngineCache, checkpoints: list[Path]
 ) -> None:
@@ -278,6 +288,8 @@ def test_openvino_and_auto_are_ready_where_warm_is_asked(
         row["graph"] for row in rows if (row["engine"], row["action"]) == ("openvino", "built")
     }
     assert built == stale
+    rows = rebuild(bundle.path, checkpoints[0], dry_run=True).engines
+    assert {row["action"] for row in rows if row["engine"] == "openvino"} == {"kept", "stale"}
     monkeypatch.setattr(auto, "graph_errors", lambda *_: pytest.fail("compared again"))
     monkeypatch.setattr(EngineCache, "put", lambda *_: pytest.fail("compiled again"))
     engine = Generator.open(bundle.path, "auto").engine
@@ -287,3 +299,7 @@ def test_openvino_and_auto_are_ready_where_warm_is_asked(
         outputs(OnnxRuntimeEngine.open(now), now)["decode"],
         atol=0.1,
     )
+    monkeypatch.undo()
+    monkeypatch.setenv("HEARTBEAT_CACHE", str(cache.folder))
+    rows = rebuild(bundle.path, checkpoints[0]).engines  # what the first open compiled
+    assert {row["action"] for row in rows if row["engine"] == "openvino"} == {"kept", "found"}

@@ -37,6 +37,8 @@ from heartbeat_fast.models.heartbeat import HeartBeat
 PLANNED: tuple[type[TensorRtEngine], ...] = (TensorRtEngine, TensorRtRtxEngine)
 OPENVINO_HINTS = {"f32": "fp32", "bf16": "bf16"}  # its name of a precision → ours
 
+UNCHANGED, BEFORE = "its graph did not change", "these weights were compiled here before"
+
 
 class Action(StrEnum):
     """What becomes of a compiled graph."""
@@ -54,7 +56,7 @@ class Outcome:
 
     engine: str
     graph: str
-    action: str
+    action: Action
     why: str
     seconds: float = 0.0
 
@@ -108,17 +110,16 @@ class Follower:
         for plan in self._plans():
             outcome, start = self._foreseen(plan, plan.graph in changed), time.perf_counter()
             if plan.graph in changed and self.cache.get(plan.facts(new)) is not None:
-                why = "these weights were compiled here before"
-                outcome = replace(outcome, action=Action.FOUND.value, why=why)
+                outcome = replace(outcome, action=Action.FOUND, why=BEFORE)
             if outcome.action == Action.REFITTED:
                 try:
                     self._refit(plan, new)
                 except HeartBeatError as error:
-                    outcome = replace(outcome, action=Action.STALE.value, why=str(error))
+                    outcome = replace(outcome, action=Action.STALE, why=str(error))
             if outcome.action == Action.STALE and self.warm:
                 outcome = self._built(plan, new, outcome)
             outcomes.append(replace(outcome, seconds=round(time.perf_counter() - start, 3)))
-        return outcomes + self._openvino(changed, new if self.warm else None)
+        return outcomes + self._openvino(changed, new)
 
     def _plans(self) -> Iterator[_Plan]:
         """TensorRT's plans of the bundle as it is, one for a plan and its master."""
@@ -145,12 +146,12 @@ class Follower:
         """Kept, to be refitted, or stale and why."""
         name, graph = plan.kind.name, plan.graph
         if not changed:
-            return Outcome(name, graph, Action.KEPT.value, "its graph did not change")
+            return Outcome(name, graph, Action.KEPT, UNCHANGED)
         try:
             self._check(plan)
         except HeartBeatError as error:
-            return Outcome(name, graph, Action.STALE.value, str(error))
-        return Outcome(name, graph, Action.REFITTED.value, "its master takes new weights")
+            return Outcome(name, graph, Action.STALE, str(error))
+        return Outcome(name, graph, Action.REFITTED, "its master takes new weights")
 
     def _check(self, plan: _Plan) -> None:
         """Raises HeartBeatError where a plan cannot be refitted, by what can be known before."""
@@ -197,34 +198,40 @@ class Follower:
         except EngineError as error:
             return replace(outcome, why=f"{outcome.why}; {error}")
         self.cache.put(plan.facts(new), made, f"{new.manifest.name} {plan.graph}")
-        return replace(outcome, action=Action.BUILT.value)
+        return replace(outcome, action=Action.BUILT)
 
-    def _openvino(self, changed: set[str], warm: Bundle | None = None) -> list[Outcome]:
-        """OpenVINO's compiled graphs, which take no other weights; `warm` compiles those there."""
+    def _openvino(self, changed: set[str], new: Bundle | None = None) -> list[Outcome]:
+        """OpenVINO's compiled graphs, which take no other weights."""
         names = {spec.sha256: name for name, spec in self.old.manifest.graphs.items()}
+        held = [e.facts for e in self.cache.headers() if "graph" in e.facts]
+        held = [said for said in held if said.get("engine", "openvino") == "openvino"]
+        here = {(bool(said.get("int8")), said["graph"]) for said in held}
         outcomes, precisions = dict[Outcome, None](), set[str]()
-        for entry in self.cache.headers():
-            said, graph = entry.facts, names.get(entry.facts.get("graph", ""))
-            if graph is None or said.get("engine", "openvino") != "openvino":
+        for said in held:
+            if (graph := names.get(said["graph"])) is None:
                 continue
+            int8 = bool(said.get("int8"))
+            hint = said.get("options", {}).get("INFERENCE_PRECISION_HINT")
+            if graph not in ALWAYS_EXACT and not int8 and hint in OPENVINO_HINTS:
+                precisions.add(OPENVINO_HINTS[hint])
+            action, why = Action.STALE, "it takes no refit"
             if graph not in changed:
-                outcome = Outcome("openvino", graph, Action.KEPT.value, "its graph did not change")
-            elif said.get("int8"):
+                action, why = Action.KEPT, UNCHANGED
+            elif new is not None and (int8, new.manifest.graphs[graph].sha256) in here:
+                action, why = Action.FOUND, BEFORE
+            elif int8:
                 command = f"heartbeat-export quantise --bundle {self.old.path}"
                 why = f"calibrated on the old weights: {command}"
-                outcome = Outcome("openvino:int8", graph, Action.STALE.value, why)
-            else:
-                hint = said.get("options", {}).get("INFERENCE_PRECISION_HINT")
-                if graph not in ALWAYS_EXACT and hint in OPENVINO_HINTS:
-                    precisions.add(OPENVINO_HINTS[hint])
-                outcome = Outcome("openvino", graph, Action.STALE.value, "it takes no refit")
-            outcomes[outcome] = None
-        if warm is None:
+            outcomes[Outcome("openvino:int8" if int8 else "openvino", graph, action, why)] = None
+        if new is None or not self.warm:
             return list(outcomes)
-        return self._warmed(list(outcomes), sorted(precisions), warm)
+        return self._warmed(list(outcomes), sorted(precisions), new)
 
     def _warmed(self, outcomes: list[Outcome], precisions: list[str], new: Bundle) -> list[Outcome]:
         """OpenVINO's graphs compiled, and compared as `auto` does when it opens."""
+        stale = [o for o in outcomes if (o.engine, o.action) == ("openvino", Action.STALE)]
+        if not stale or not precisions:
+            return outcomes
         start = time.perf_counter()
         try:
             for name in precisions:
@@ -232,14 +239,10 @@ class Follower:
                 auto.judged(engine, f"openvino:{name}", new, self.cache)
         except HeartBeatError as error:
             why = f"cannot be compiled now: {error}"
-            return [replace(o, why=why) if o.action == Action.STALE else o for o in outcomes]
-        took = round(time.perf_counter() - start, 3)
-        return [
-            replace(o, action=Action.BUILT.value, seconds=took)
-            if (o.engine, o.action) == ("openvino", Action.STALE)
-            else o
-            for o in outcomes
-        ]
+            return [replace(o, why=why) if o in stale else o for o in outcomes]
+        took = round(time.perf_counter() - start, 3)  # of all of them
+        built = {o: replace(o, action=Action.BUILT, seconds=took) for o in stale}
+        return [built.get(o, o) for o in outcomes]
 
     @cached_property
     def _inputs(self) -> dict[str, Tensors]:

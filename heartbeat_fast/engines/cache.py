@@ -158,6 +158,10 @@ class EngineCache:
     def headers(self) -> Iterator[Entry]:
         """Every entry as its header describes it, unverified: quick to list, whatever its size.
         Only to say what is there; what is used comes from `get`."""
+        try:
+            self._check_folder()
+        except Unsound:
+            return
         for used, size, path in self._files():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with os.fdopen(os.open(path, READ), "rb") as file:
