@@ -195,9 +195,9 @@ class Follower:
         spec = new.manifest.graphs[plan.graph]
         try:
             made = build(plan.kind.family, new.read(spec), plan.recipe, plan.graph)
-        except EngineError as error:
+            self.cache.put(plan.facts(new), made, f"{new.manifest.name} {plan.graph}")
+        except HeartBeatError as error:
             return replace(outcome, why=f"{outcome.why}; {error}")
-        self.cache.put(plan.facts(new), made, f"{new.manifest.name} {plan.graph}")
         return replace(outcome, action=Action.BUILT)
 
     def _openvino(self, changed: set[str], new: Bundle | None = None) -> list[Outcome]:
