@@ -64,20 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in FILES.items():
         given.add_argument(f"--{name}", metavar="FILE", help=what)
     how = make.add_argument_group("how")
-    how.add_argument("--steps", type=int, default=10, help="default: %(default)s")
+    how.add_argument("--steps", type=int, help="default: what suits the bundle; 10, tiny-fast 4")
     how.add_argument("--guidance", type=float, default=1.0, help="default: %(default)s (none)")
     how.add_argument(
         "--temperature", type=float, default=0.8, help="variety: scale of the initial noise, 0-2"
     )
     how.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    how.add_argument(
-        "--sampler", default="dpmpp_2m", help="default: %(default)s; unipc, ddim, euler"
-    )
+    how.add_argument("--sampler", help="default: the bundle's; dpmpp_2m, unipc, ddim, euler")
     how.add_argument(
         "--engine", default="auto", help="default: %(default)s; onnxruntime, torch:MODEL_DIR"
     )
     how.add_argument("--device", default="cpu", help="default: %(default)s; cuda, … by engine")
-    how.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
+    how.add_argument("--bundle", metavar="DIR|NAME", help="default: tiny; tiny-fast, or a folder")
     out = make.add_argument_group("output")
     out.add_argument(
         "--out", required=True, metavar="PATH", help=".dcm .nii.gz .mp4 .gif .webp .png .npz"

@@ -36,7 +36,9 @@ def _common(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--port", type=int, default=port, help="default: %(default)s")
     parser.add_argument("--engine", default="auto", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--bundle", metavar="DIR|NAME", help="default: the embedded one")
+    parser.add_argument(
+        "--bundle", metavar="DIR|NAME", default="tiny-fast", help="default: %(default)s"
+    )
 
 
 def _igtl(options: argparse.Namespace) -> int:

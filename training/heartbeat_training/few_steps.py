@@ -1,13 +1,17 @@
 """From a trained model to a fast one: a denoiser of 1, 2 and 4 steps, then a smaller decoder."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from heartbeat_export.build import weights_of
 from heartbeat_fast.errors import HeartBeatError
 from heartbeat_fast.models.codec import EchoCodec
+from heartbeat_fast.models.graphs import round_to_half
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer
 from heartbeat_training.clips import ClipCache
@@ -20,6 +24,16 @@ from heartbeat_training.stage_diffusion import DiffusionStage
 from heartbeat_training.stage_student import COUNTS, StudentStage
 
 STAGES = ("student", "decoder")
+
+
+def provenance(teacher: Path, plan: Plan) -> dict[str, Any]:
+    """What a distilled model's provenance says: its teacher's story, and its own recipe."""
+    told = json.loads((teacher / "provenance.json").read_text("utf-8"))
+    recipe = {"student": asdict(plan.student), "decoder": asdict(plan.decoder), "clips": plan.ends}
+    weights = weights_of(round_to_half(HeartBeat.from_pretrained(teacher)))
+    return {k: told[k] for k in ("plan", "as_run", "init") if k in told} | {
+        "distilled": {"teacher": weights, **recipe}
+    }
 
 
 def distil(

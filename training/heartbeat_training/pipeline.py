@@ -232,9 +232,12 @@ def _save(
         }
     provenance |= {"last_stage": stage, "train_cross_attention": train_cross_attention}
     provenance |= {"plan": asdict(plan), "init": start}
+    distilled = stage in few_steps.STAGES
+    if distilled:
+        provenance |= few_steps.provenance(run / f"model-{'texture' if data else 'stage2'}", plan)
     if preset == "tiny" and data is None:
-        card = (Path(__file__).parent / "card.md").read_text("utf-8")
-        (folder / "README.md").write_text(card, "utf-8")
+        card = Path(__file__).parent / ("card_fast.md" if distilled else "card.md")
+        (folder / "README.md").write_text(card.read_text("utf-8"), "utf-8")
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1))
 
 
