@@ -1,4 +1,5 @@
-"""The embedded default: whole, small, and it follows its conditions on hearts it has never seen."""
+"""The embedded bundles: whole, small, and they follow their conditions on hearts never seen; the
+distilled one draws what its teacher draws."""
 
 from pathlib import Path
 
@@ -17,9 +18,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 PATIENT = SHARED / "data/camus_a4c/database_nifti/patient0001/patient0001_4CH_half_sequence.nii.gz"
 
 
+@pytest.fixture(scope="module", params=["tiny", "tiny-fast"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def generator() -> Generator:
-    return Generator.open()
+def generator(name: str) -> Generator:
+    return Generator.open(name)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +45,8 @@ def levels(frames: np.ndarray, record: Record, frame: int) -> tuple[float, float
     return float(picture[labels == 1].mean()), float(picture[labels == 2].mean())
 
 
-def test_the_bundle_is_whole_and_small() -> None:
-    bundle = Bundle.open()
+def test_the_bundle_is_whole_and_small(name: str) -> None:
+    bundle = Bundle.open(name)
     bundle.verify()
     assert sum(f.stat().st_size for f in bundle.path.iterdir()) < 40e6
     assert bundle.manifest.licence == "Apache-2.0"
@@ -48,16 +54,19 @@ def test_the_bundle_is_whole_and_small() -> None:
     assert bundle.manifest.parity["clip_psnr_db"] >= 40
 
 
-def test_the_torch_folder_is_the_same_model(source: Record, generator: Generator) -> None:
+def test_the_torch_folder_is_the_same_model(
+    source: Record, generator: Generator, name: str
+) -> None:
     from heartbeat_export.build import weights_of
     from heartbeat_fast.models.graphs import round_to_half
     from heartbeat_fast.models.heartbeat import HeartBeat
 
-    folder = Bundle.open().path.parent / "tiny-torch"
+    folder = generator.bundle.path.parent / f"{name}-torch"
     model = round_to_half(HeartBeat.from_pretrained(folder))
-    assert weights_of(model) == Bundle.open().manifest.fingerprints["weights"]
+    assert weights_of(model) == generator.bundle.manifest.fingerprints["weights"]
     ours = generator(source.conditions(), seed=1, steps=2).frames.astype(float)
-    theirs = Generator.open(engine=f"torch:{folder}")(source.conditions(), seed=1, steps=2).frames
+    torch = Generator.open(name, f"torch:{folder}")
+    theirs = torch(source.conditions(), seed=1, steps=2).frames
     assert 10 * np.log10(255**2 / max(((ours - theirs) ** 2).mean(), 1e-9)) >= 40
 
 
@@ -92,6 +101,20 @@ def test_same_seed_same_clip_other_seed_other_clip(
     again = generator(source.conditions(), seed=1)
     assert (again.frames == clip.frames).all()
     assert (generator(source.conditions(), seed=2, steps=4).frames != clip.frames).any()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_students_clip_is_its_teachers(source: Record, steps: int) -> None:
+    """Same seed, same start, same texture noise: the grain itself is the teacher's."""
+    teacher = Generator.open("tiny")(source.conditions(), seed=1).frames
+    student = Generator.open("tiny-fast")(source.conditions(), seed=1, steps=steps).frames
+    other = Generator.open("tiny")(source.conditions(), seed=2).frames
+    assert metrics.ssim(student, teacher) > 0.85 > metrics.ssim(other, teacher) + 0.1
+
+
+def test_the_student_says_who_taught_it() -> None:
+    told = Bundle.open("tiny-fast").manifest.provenance["distilled"]
+    assert told["teacher"] == Bundle.open("tiny").manifest.fingerprints["weights"]
 
 
 @pytest.mark.skipif(not PATIENT.exists(), reason="no ../shared CAMUS")

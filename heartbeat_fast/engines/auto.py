@@ -7,6 +7,7 @@ with the reference on fixed inputs; the verdict is kept, so the next start costs
 import json
 import sys
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -107,7 +108,7 @@ def refusal(choice: str, precision: str, errors: dict[str, float]) -> str:
 def prospects(bundle: Bundle, device: str, cache: EngineCache | None = None) -> list[str]:
     """What `auto` knows of each candidate before it opens one; a line each, for `doctor`."""
     cache, lines = cache or EngineCache(), []
-    reference = _reference()
+    reference = _reference(bundle)
     for choice, where in candidates(device):
         name = f"{choice} on {where}"
         if reason := unfit(choice):
@@ -128,7 +129,7 @@ def prospects(bundle: Bundle, device: str, cache: EngineCache | None = None) -> 
 def judged(engine: Engine, choice: str, bundle: Bundle, cache: EngineCache) -> dict[str, float]:
     """Relative error of each graph, from the cache of verdicts or measured now; {} for the
     reference itself."""
-    reference = _reference()
+    reference = _reference(bundle)
     if (choice, engine.device) == (reference, "cpu"):
         return {}
     facts = verdict_facts(choice, engine.device, reference, bundle)
@@ -170,8 +171,13 @@ def graph_errors(engine: Engine, reference: Engine, bundle: Bundle) -> dict[str,
     return errors
 
 
-def _reference() -> str:
-    return next((known for known in REFERENCES if not unfit(known)), "")
+def _reference(bundle: Bundle) -> str:
+    """The first that is installed and takes the bundle; "" if none does."""
+    for known in REFERENCES:
+        with suppress(EngineError):
+            open_engine(known, bundle)
+            return known
+    return ""
 
 
 def _example(tensor: TensorSpec) -> NDArray[Any]:
