@@ -38,6 +38,7 @@ PAGE = Path(__file__).parent / "page"
 LARGEST_BODY = 48 * 2**20  # bytes: all seven conditions of a clip at 256, in float32 and base64
 BODY_SECONDS = 60  # within which a body must have come
 MOST_VIEWERS = 4
+LEAVING = 0.5  # seconds for a viewer who has gone to be let go, a step of its clip included
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,10 @@ def _add_stream(app: "FastAPI", worker: Worker) -> None:
     async def stream(socket: "WebSocket") -> None:
         nonlocal start
         await socket.accept()
+        with suppress(TimeoutError):  # one who has just gone is still being let go
+            async with asyncio.timeout(LEAVING):
+                while len(viewers) >= MOST_VIEWERS:
+                    await asyncio.sleep(0.02)
         if len(viewers) >= MOST_VIEWERS:
             await socket.close(1013, f"{MOST_VIEWERS} viewers already: try again later")
             return
