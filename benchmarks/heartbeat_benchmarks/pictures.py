@@ -22,6 +22,7 @@ from heartbeat_training.phantom import record
 
 LOCAL = Path("out")
 GAP, CAPTION = 6, 20  # pixels
+DISTILLED = (("text",), ("text", "sketch"), ("text", "mask"), ("image", "skeleton"))
 
 Frames = NDArray[np.uint8]
 
@@ -35,11 +36,13 @@ def draw(
     steps: int = 10,
     guidance: float = 1.0,
     real: Path | None = None,
+    fast: str | None = None,
 ) -> list[Path]:
     """Write beside.gif, mmode.png, conditions.gif, ladder.png and phantoms.png into `folder`.
 
     Returns what was written. With a real clip also out/real_beside.gif and out/real_mmode.png:
-    real, phantom, generated from the real clip's conditions.
+    real, phantom, generated from the real clip's conditions. With `fast`, a bundle distilled from
+    this one, also fast.gif and fast_sets.png: the teacher's 20 steps beside the student's.
 
     Raises: BundleError, EngineError, FileError as the generator and the readers do.
     """
@@ -65,6 +68,9 @@ def draw(
         sheet(folder / "ladder.png", stills, full),
         sheet(folder / "phantoms.png", phantoms(manifest.frames, manifest.size), full),
     ]
+    if fast is not None:
+        student = Generator.open(fast, engine)
+        written += distilled(folder, generator, student, source, full)
     if real is not None:
         patient = open_record(real).standardised(manifest.frames, manifest.size)
         answer = make(patient.conditions())
@@ -72,6 +78,29 @@ def draw(
         written.append(beside(LOCAL / "real_beside.gif", trio, answer))
         written.append(m_modes(LOCAL / "real_mmode.png", trio, patient, answer))
     return written
+
+
+def distilled(
+    folder: Path, teacher: Generator, student: Generator, source: Record, made: Clip
+) -> list[Path]:
+    """fast.gif under all conditions; fast_sets.png, a row for each of four sets."""
+    ways = [(teacher, 20)] + [(student, n) for _, n in sorted(student.bundle.samplers())[::-1]]
+    names = [f"{g.bundle.manifest.name}, {steps} step{'s' * (steps > 1)}" for g, steps in ways]
+    given = source.conditions()
+
+    def clips(conditions: Conditions) -> list[Frames]:
+        return [g(conditions, steps=steps, seed=1).frames for g, steps in ways]
+
+    full = {"phantom": source.frames} | dict(zip(names, clips(given), strict=True))
+    stills = {
+        f"{' + '.join(some)}: {name}": frames[0]
+        for some in DISTILLED
+        for name, frames in zip(names, clips(given.only(some)), strict=True)
+    }
+    return [
+        beside(folder / "fast.gif", full, made),
+        sheet(folder / "fast_sets.png", stills, made),
+    ]
 
 
 def beside(path: Path, clips: dict[str, Frames], made: Clip) -> Path:

@@ -16,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--real", type=Path, metavar="FILE", help="a real clip; it goes to out/, never to docs/"
     )
+    parser.add_argument("--fast", metavar="DIR|NAME", help="a bundle distilled from this one")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         guidance=arguments.guidance,
         real=arguments.real,
+        fast=arguments.fast,
     ):
         print(path)
     return 0
