@@ -262,6 +262,7 @@ class Generator:
             frames = self.engine.run("decode", {"z": z, "noise": grain})["frames"][0, :, 0]
         # Latents too: OpenVINO's clamp makes a finite frame of NaN.
         if not (np.isfinite(z).all() and np.isfinite(frames).all()):
+            self._times, self._null = {}, None  # what is kept may hold the NaN
             raise EngineError(
                 f"engine {self.engine.name}: frames came out as NaN: try another engine"
             )

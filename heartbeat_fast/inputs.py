@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from heartbeat_fast.conditions import NAMES, NUM_LABELS, Conditions
-from heartbeat_fast.errors import FileError, HeartBeatError, optional
+from heartbeat_fast.errors import FileError, HeartBeatError, MissingDependency, optional
 from heartbeat_fast.files import check_pixels, readable
 from heartbeat_fast.formats import open_record
 from heartbeat_fast.record import Record
@@ -37,6 +37,7 @@ def open_source(spec: str, window: str | None, frames: int, size: int) -> Record
 
     Raises:
         FileError: no such generator, a seed or window that is no number, or an unreadable file.
+        MissingDependency: the generator needs a library that is not installed.
         RecordError: a number of frames that cannot stand for one beat.
     """
     record = _source(spec, frames, size)
@@ -87,7 +88,13 @@ def _source(spec: str, frames: int, size: int) -> Record:
         raise FileError(f"{spec}: no such file, nor a source; sources: {known}")
     if not seed.isdecimal():
         raise FileError(f"{spec}: seed {seed!r} came; wanted a whole number, as in {name}:7")
-    record: Record = points[name].load()(int(seed), frames=frames, size=size)
+    try:
+        make = points[name].load()
+    except ImportError as error:
+        raise MissingDependency(
+            f"{spec}: its source needs {error.name}: pip install 'heartbeat_fast[media]'"
+        ) from error
+    record: Record = make(int(seed), frames=frames, size=size)
     return record
 
 

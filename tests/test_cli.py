@@ -263,3 +263,15 @@ def test_help_is_quick_and_the_runtime_has_no_torch(nano_bundle: Bundle, tmp_pat
         "sys.exit(bool({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_source_that_lacks_its_library_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Point:
+        def load(self) -> None:
+            raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
+
+    monkeypatch.setattr("heartbeat_fast.inputs.sources", lambda: {"phantom": Point()})
+    assert main(["sample", "--from", "phantom:7", "--out", "clip.gif"]) != 0
+    assert "needs cv2: pip install 'heartbeat_fast[media]'" in capsys.readouterr().err

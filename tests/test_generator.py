@@ -160,3 +160,23 @@ def test_wrong_input_is_one_clear_error(generator: Generator, ring: Conditions) 
 def test_frames_that_are_no_numbers_are_refused(generator: Generator) -> None:
     with pytest.raises(EngineError, match="came out as NaN"):
         generator.decode(np.full((1, 4, 4, 8, 8), np.nan, np.float32))
+
+
+def test_what_is_kept_does_not_outlive_a_fault(
+    nano_bundle: Bundle, ring: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time embeddings are computed once; numbers that were none must not stay."""
+    generator = Generator.open(nano_bundle, "onnxruntime")
+    run = generator.engine.run
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            generator.engine,
+            "run",
+            lambda graph, given: {
+                k: np.full_like(v, np.nan) if graph == "time" else v
+                for k, v in run(graph, given).items()
+            },
+        )
+        with pytest.raises(EngineError, match="came out as NaN"):
+            generator(ring, steps=4)
+    assert generator(ring, steps=4).frames.any()

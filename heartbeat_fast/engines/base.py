@@ -126,7 +126,7 @@ def engine_class(name: str) -> type[Engine]:
 def open_engine(choice: str, bundle: Bundle, device: str = "cpu") -> Engine:
     """Opens an engine by name, "name:source", or by "auto" the fastest that passed parity here.
 
-    Where `auto` cannot have its first choice, a warning says why and what runs instead.
+    Where `auto` cannot use an engine that is installed, a warning says why and what runs instead.
 
     Raises:
         EngineError: unknown, or cannot run here.
