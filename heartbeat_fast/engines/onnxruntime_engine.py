@@ -199,9 +199,10 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # Memory of one clip of tiny: 1057 MB; without patterns, which reserve each graph's peak
         # apart, 630; with one arena for all graphs too, 530, in the same time.
-        options.enable_mem_pattern = False
-        _make_arena(self._ort)
-        options.add_session_config_entry("session.use_env_allocators", "1")
+        if self.device == "cpu":
+            options.enable_mem_pattern = False
+            _make_arena(self._ort)
+            options.add_session_config_entry("session.use_env_allocators", "1")
         chosen = providers.attach(
             self._ort, options, self._provider, self._capture and graph == CAPTURED
         )
