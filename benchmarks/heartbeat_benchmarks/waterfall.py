@@ -30,7 +30,7 @@ from heartbeat_training.evaluate import HELD_OUT, Case, Judge, measure, open_cas
 REFERENCE = "reference: eager torch"
 HOISTED = "step-invariant work hoisted"
 SMALL, PIPELINED = "small decoder", "decode beside the next clip"
-# What the last rung may lose against the reference, and how much faster it must be.
+# What the fastest rung may lose against the reference, and how much faster it must be.
 MAX_SSIM, MAX_DICE, MAX_DB, MIN_SPEEDUP = 0.02, 0.02, 1.0, 15.0
 
 Frames = NDArray[np.uint8]
@@ -184,8 +184,12 @@ def _few(ladder: Ladder, plan: Plan) -> None:
             ladder.add(few.name, lambda few=few: few)  # type: ignore[misc]
         else:
             ladder.absent[name] = "its latents are not the large decoder's: see the next rung"
-        few = replace(few, name=SMALL, decode=make)
-        ladder.add(few.name, lambda: few)
+        few = small = replace(few, name=SMALL, decode=make)
+        ladder.add(small.name, lambda: small)
+        least = min(count for name, count in student.samplers() if name == "few_step")
+        if least < plan.few:
+            few = replace(small, name=f"{least} step{'s' * (least > 1)}", steps=least)
+            ladder.add(few.name, lambda: few)
     ladder.add(PIPELINED, lambda: replace(few, name=PIPELINED, pipelined=True))
 
 
@@ -271,12 +275,12 @@ def _compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the last rung promises against the first; nothing where the first is not there."""
-    first, last = rows[0], rows[-1]
+    """What the fastest rung promises against the first; nothing where the first is not there."""
+    first, last = rows[0], min(rows, key=lambda row: float(row["median_ms"]))
     if first["name"] != REFERENCE:
         return []
     checks = (
-        ("times faster than the reference", last["speedup"], MIN_SPEEDUP, True),
+        (f"times faster than the reference ({last['name']})", last["speedup"], MIN_SPEEDUP, True),
         ("SSIM lost or won", abs(last["ssim_change"]), MAX_SSIM, False),
         ("LV Dice lost or won", abs(last["dice_change"]), MAX_DICE, False),
         ("texture spectrum, worst band (dB)", last["spectrum_db"], MAX_DB, False),
