@@ -87,6 +87,24 @@ def test_insert_fills_only_its_place(tmp_path: Path) -> None:
     assert not results.insert(page, "latency", "t")
 
 
+def test_a_place_may_ask_for_one_bundles_result(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- bench:real{of} -->\n<!-- /bench -->\n" for of in ("", " of a")))
+    assert results.places(page, "real") == ["", "a"]
+    assert results.places(page, "ladder") == []
+    for name in ("a", "b"):  # "b" is newer
+        content = {"fingerprint": {"source": {"commit": name}, "bundle": {"name": name}}}
+        results.save("real", content, tmp_path)
+    newest = results.newest("real", tmp_path)
+    assert newest is not None
+    of = results.newest("real", tmp_path, of="a")
+    assert of is not None
+    assert (newest.name[-6:], of.name[-6:]) == ("b.json", "a.json")
+    assert results.newest("real", tmp_path, of="c") is None
+    assert results.insert(page, "real of a", "table")
+    assert "of a -->\ntable\n" in page.read_text()
+
+
 @pytest.fixture(scope="module")
 def judged(nano_bundle: Bundle) -> dict[str, Any]:
     def judge(frames: Labels) -> Labels:

@@ -48,14 +48,16 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(
-    kind: str, folder: Path = FOLDER, weights: str | None = None, having: str = ""
+    kind: str, folder: Path = FOLDER, weights: str | None = None, having: str = "", of: str = ""
 ) -> Path | None:
-    """The newest result of a kind, of a bundle with these weights and with a summary of the set
-    `having` where given; else None.
+    """The newest result of a kind, of a bundle with these weights or of this name and with a
+    summary of the set `having` where given; else None.
     """
     for path in sorted(folder.glob(f"{kind}-*.json"), reverse=True):
         found = load(path)
-        if weights in (None, _weights(found)) and (not having or having in found["summary"]):
+        ours = of in ("", found["fingerprint"].get("bundle", {}).get("name"))
+        fits = weights in (None, _weights(found)) and (not having or having in found["summary"])
+        if ours and fits:
             return path
     return None
 
@@ -67,7 +69,10 @@ def _weights(result: dict[str, Any]) -> str | None:
 
 
 def insert(document: Path, name: str, table: str) -> bool:
-    """Put a table between <!-- bench:NAME --> and <!-- /bench -->; False where there is no such."""
+    """Put a table between <!-- bench:NAME --> and <!-- /bench -->; False where there is no such.
+
+    name: "latency", or "latency of tiny" for that bundle's newest.
+    """
     text = document.read_text()
     pattern = re.compile(rf"(<!-- bench:{re.escape(name)} -->\n).*?(<!-- /bench -->)", re.DOTALL)
     changed, count = pattern.subn(lambda found: f"{found[1]}{table.strip()}\n{found[2]}", text)
@@ -77,9 +82,9 @@ def insert(document: Path, name: str, table: str) -> bool:
     return bool(count)
 
 
-def has_place(document: Path, name: str) -> bool:
-    """Whether a document asks for a table by this name."""
-    return f"<!-- bench:{name} -->" in document.read_text()
+def places(document: Path, name: str) -> list[str]:
+    """The bundles whose table of this name a document asks for; "" asks for the newest of any."""
+    return re.findall(rf"<!-- bench:{re.escape(name)}(?: of (\S+))? -->", document.read_text())
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -11,13 +11,15 @@ from heartbeat_benchmarks.commands import options
 
 HELP = "put the newest results into documents"
 
+Maker = Callable[[dict[str, Any]], str]
 
 # A check of one condition set must not take the place of the whole ladder.
 HAVING = {"ladder": "+flow", "targets": "mask swapped"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Fills what stands between <!-- bench:NAME --> and <!-- /bench --> in each document."""
+    """Fills what stands between <!-- bench:NAME --> or <!-- bench:NAME of BUNDLE --> and
+    <!-- /bench --> in each document."""
     parser.add_argument("documents", type=Path, nargs="+", metavar="FILE.md")
     options.folder(parser)
 
@@ -25,25 +27,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Every table whose result is there, into every document that has a place for it."""
     for name, (kind, maker) in makers().items():
-        places = [d for d in arguments.documents if results.has_place(d, name)]
-        if not places:
-            continue
-        path = results.newest(kind, arguments.results, having=HAVING.get(name, ""))
-        if path is None:
-            print(f"{name}: no {kind} result in {arguments.results}", file=sys.stderr)
-            continue
-        try:
-            table = maker(results.load(path))
-        except KeyError as error:
-            print(f"{path}: has no {error}: run heartbeat-bench {kind} again", file=sys.stderr)
-            continue
-        for document in places:
-            results.insert(document, name, f"{table} [Raw]({path.as_posix()}).")
-            print(f"{document}: {name} from {path.name}")
+        for document in arguments.documents:
+            for of in results.places(document, name):
+                _fill(document, name, of, kind, maker, arguments.results)
     return 0
 
 
-def makers() -> dict[str, tuple[str, Callable[[dict[str, Any]], str]]]:
+def _fill(document: Path, name: str, of: str, kind: str, maker: Maker, folder: Path) -> None:
+    """One place of one document."""
+    path = results.newest(kind, folder, having=HAVING.get(name, ""), of=of)
+    if path is None:
+        print(f"{name}: no {kind} result of {of or 'any'} in {folder}", file=sys.stderr)
+        return
+    try:
+        table = maker(results.load(path))
+    except KeyError as error:
+        print(f"{path}: has no {error}: run heartbeat-bench {kind} again", file=sys.stderr)
+        return
+    place = f"{name} of {of}" if of else name
+    results.insert(document, place, f"{table} [Raw]({path.as_posix()}).")
+    print(f"{document}: {place} from {path.name}")
+
+
+def makers() -> dict[str, tuple[str, Maker]]:
     """Table → the kind of result it shows, and what writes it as Markdown."""
     from heartbeat_benchmarks import (
         latency_report,
