@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,19 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(
-    kind: str, folder: Path = FOLDER, weights: str | None = None, having: str = "", of: str = ""
+    kind: str,
+    folder: Path = FOLDER,
+    weights: str | None = None,
+    fits: Callable[[dict[str, Any]], bool] = bool,
+    of: str = "",
 ) -> Path | None:
-    """The newest result of a kind, of a bundle with these weights or of this name and with a
-    summary of the set `having` where given; else None.
+    """The newest result of a kind, of a bundle with these weights or of this name where given, and
+    one that `fits`; else None.
     """
     for path in sorted(folder.glob(f"{kind}-*.json"), reverse=True):
         found = load(path)
         ours = of in ("", found["fingerprint"].get("bundle", {}).get("name"))
-        fits = weights in (None, _weights(found)) and (not having or having in found["summary"])
-        if ours and fits:
+        if ours and weights in (None, _weights(found)) and fits(found):
             return path
     return None
 

@@ -93,7 +93,7 @@ class Follower:
 
     def foresee(self) -> list[Outcome]:
         """What `follow` will do, before there is a new version."""
-        changed = {*self.decision.graphs, *self.decision.retrace}
+        changed = {*self.decision.changed, *self.decision.retrace}
         if self.decision.road is Road.FULL:
             changed = set(self.old.manifest.graphs)
         planned = [self._foreseen(plan, plan.graph in changed) for plan in self._plans()]

@@ -193,21 +193,24 @@ class _Work:
             graphs |= {name: protos[name] for name in decision.retrace}
             files["weights_map"] = json.dumps(weight_map.build(protos, model)).encode()
             prints["arch"] = fingerprints.arch(protos)
+        changed = set(graphs)
+        decision.graphs.clear()  # `base`'s are 2 GB, and its gate wants the room
         with self.report.stage("write"):
-            written = self._put(
-                {f"{name}.onnx": p.SerializeToString() for name, p in graphs.items()}
-            )
+            written: dict[str, FileSpec] = {}
+            for name in changed:
+                content = graphs.pop(name).SerializeToString()
+                written |= self._put({f"{name}.onnx": content})
             extra = self._put({NAMES.get(key, f"{key}.json"): c for key, c in files.items()})
         with self.report.stage("fingerprint"):
             prints["weights"] = weights_of(round_to_half(model))
         entries = {
-            name: store.named(spec, written[f"{name}.onnx"]) if name in graphs else spec
+            name: store.named(spec, written[f"{name}.onnx"]) if name in changed else spec
             for name, spec in old.graphs.items()
         }
         manifest = self._manifest(old, prints, entries, files, extra)
-        if graphs:
+        if changed:
             with self.report.stage("gate"):
-                manifest = replace(manifest, parity=self._gate(manifest, set(graphs)))
+                manifest = replace(manifest, parity=self._gate(manifest, changed))
         return manifest
 
     def _manifest(

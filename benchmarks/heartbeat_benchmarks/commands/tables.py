@@ -1,20 +1,34 @@
 """heartbeat-bench tables."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heartbeat_benchmarks import results
+from heartbeat_benchmarks import results, soak_report
 from heartbeat_benchmarks.commands import options
 
 HELP = "put the newest results into documents"
 
 Maker = Callable[[dict[str, Any]], str]
 
-# A check of one condition set must not take the place of the whole ladder.
-HAVING = {"ladder": "+flow", "targets": "mask swapped"}
+# A check of one condition set must not take the place of the whole ladder, nor a minute of readers
+# that of an endurance run, nor a disturbed run that of a quiet one.
+FITS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "ladder": lambda result: "+flow" in result["summary"],
+    "latency": lambda result: (
+        result["verdict"]["valid"] and {"text", "all"} <= {row["set"] for row in result["rows"]}
+    ),
+    "waterfall": lambda result: result["verdict"]["valid"],
+    "peers": lambda result: result["verdict"]["valid"],
+    "targets": lambda result: "mask swapped" in result["summary"],
+    "soak": soak_report.is_endurance,
+    "readers": lambda result: not soak_report.is_endurance(result) and len(result["blocking"]) > 1,
+    "swap": lambda result: result["workload"]["model"] == "tiny-torch",
+    "swap-base": lambda result: result["workload"]["model"] == "base",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _fill(document: Path, name: str, of: str, kind: str, maker: Maker, folder: Path) -> None:
     """One place of one document."""
-    path = results.newest(kind, folder, having=HAVING.get(name, ""), of=of)
+    path = results.newest(kind, folder, fits=FITS.get(name, bool), of=of)
     if path is None:
         print(f"{name}: no {kind} result of {of or 'any'} in {folder}", file=sys.stderr)
         return
@@ -45,7 +59,8 @@ def _fill(document: Path, name: str, of: str, kind: str, maker: Maker, folder: P
         print(f"{path}: has no {error}: run heartbeat-bench {kind} again", file=sys.stderr)
         return
     place = f"{name} of {of}" if of else name
-    results.insert(document, place, f"{table} [Raw]({path.as_posix()}).")
+    raw = os.path.relpath(path, document.parent)
+    results.insert(document, place, f"{table} [Raw]({Path(raw).as_posix()}).")
     print(f"{document}: {place} from {path.name}")
 
 
@@ -57,6 +72,7 @@ def makers() -> dict[str, tuple[str, Maker]]:
         peers_report,
         quality,
         real,
+        rebuild,
         scaling_report,
         waterfall_report,
     )
@@ -69,6 +85,10 @@ def makers() -> dict[str, tuple[str, Maker]]:
         "scaling": ("scaling", scaling_report.markdown),
         "peers": ("peers", peers_report.markdown),
         "real": ("real", real.markdown),
+        "soak": ("soak", soak_report.markdown),
+        "readers": ("soak", soak_report.readers),
+        "swap": ("rebuild", rebuild.markdown),
+        "swap-base": ("rebuild", rebuild.markdown),
         "table": ("table", patients.table),
         "steps": ("steps", patients.steps),
     }
