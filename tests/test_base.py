@@ -1,5 +1,6 @@
 """The paper's stages: what `base` trains and freezes, its recipes, and one real step of each."""
 
+import json
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -274,3 +275,17 @@ def test_open_base_reads_the_published_files(tmp_path: Path) -> None:
         assert all(torch.equal(t, wanted[k]) for k, t in part.state_dict().items())
     ours, wanted = model.denoiser.state_dict(), theirs.denoiser.state_dict()
     assert all(torch.equal(ours[k], t) for k, t in wanted.items() if k != "conv_in.weight")
+
+
+def test_a_folder_opens_whatever_the_order_of_diffusers_notes(tmp_path: Path) -> None:
+    """Its list of defaults is made of a set: in another order in every process."""
+    folder = tmp_path / "model"
+    HeartBeat(NARROW).save_pretrained(folder)
+    file = folder / "vae" / "config.json"
+    stored = json.loads(file.read_text())
+    assert [key for key in stored if key[0] == "_"] == ["_class_name"]
+    file.write_text(json.dumps(stored | {"_use_default_values": ["mid_block_add_attention"]}))
+    assert HeartBeat.from_pretrained(folder).config == NARROW
+    file.write_text(json.dumps(stored | {"layers_per_block": 7}))
+    with pytest.raises(HeartBeatError, match=r"config.json differs"):
+        HeartBeat.from_pretrained(folder)

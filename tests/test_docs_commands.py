@@ -129,6 +129,8 @@ class Running:
             self.process = subprocess.Popen(
                 ["bash", "-c", text], cwd=folder, env={**os.environ, "PATH": path},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                # A shell that runs the tests in the background hands down SIGINT ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def said(self) -> str:

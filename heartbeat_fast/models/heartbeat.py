@@ -144,6 +144,7 @@ class HeartBeat(Conditioning):
                 stored = _read_json(folder / name / "config.json")
                 if stored.get("_class_name") == "EchoCodec":  # folders of earlier releases lack it
                     stored.setdefault("decoder_widths", [])
+                stored = {k: v for k, v in stored.items() if k[0] != "_" or k == "_class_name"}
                 if stored != json.loads(json.dumps(_part_config(config, name, part))):
                     raise CheckpointError(
                         f"{folder / name}: config.json differs from {INDEX}'s config"
@@ -169,7 +170,9 @@ def _part_config(config: HeartBeatConfig, name: str, part: nn.Module) -> dict[st
     if name in TRANSFORMERS:
         return part.config.to_dict()  # type: ignore[union-attr, operator]
     if name == "vae" and config.codec.kind == "kl":
-        return {"_class_name": "AutoencoderKL", **part.config}  # type: ignore[dict-item]
+        # Without its notes to itself: one is a list made of a set, another order in every process.
+        told = {k: v for k, v in part.config.items() if k[0] != "_"}  # type: ignore[union-attr, operator]
+        return {"_class_name": "AutoencoderKL", **told}
     dim = config.denoiser.context_dim
     own = {
         "unet": to_dict(config.denoiser),
