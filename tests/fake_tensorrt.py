@@ -9,14 +9,17 @@ runs it in onnxruntime, on memory that the fake driver handed out.
 
 import enum
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, numpy_helper
 
+from heartbeat_fast.engines import cuda
 from tests.fake_cuda import Driver
 
 API: dict[str, dict[str, str]] = json.loads(
@@ -185,3 +188,12 @@ def plan(proto: onnx.ModelProto, state: dict[str, bool]) -> bytes:
 def described(value: Any) -> tuple[str, tuple[int, ...]]:
     dims = value.type.tensor_type.shape.dim
     return value.name, tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, version: str, **hardware: Any) -> tuple[Driver, Any]:
+    """Puts a library of this version and its GPU in place; returns both."""
+    driver = Driver(**hardware)
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    made = module(version, driver)
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    return driver, made

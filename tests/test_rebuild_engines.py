@@ -7,7 +7,6 @@ real where it is installed, and OpenVINO compiles for real.
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ from heartbeat_fast.engines.tensorrt_rtx_engine import PORTABLE, TensorRtRtxEngi
 from heartbeat_fast.generator import Generator
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_fast.text import Tokenizer
-from tests.fake_cuda import Driver
-from tests.fake_tensorrt import module
+from tests.fake_tensorrt import stand_in
 from tests.test_rebuild import trained
 
 GRAPHS = ("time", "denoise", "decode")  # the decoder does not change below
@@ -71,11 +69,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """install(version, gpus=…, capability=…): a stand-in for a library and its GPU; returns it."""
 
     def put(version: str, **hardware: Any) -> Any:
-        driver = Driver(**hardware)
-        monkeypatch.setattr(cuda, "driver", lambda: driver)
-        made = module(version, driver)
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-        return made
+        return stand_in(monkeypatch, version, **hardware)[1]
 
     return put
 

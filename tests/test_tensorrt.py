@@ -27,7 +27,7 @@ from heartbeat_fast.engines.tensorrt_rtx_engine import PORTABLE, TensorRtRtxEngi
 from heartbeat_fast.errors import EngineError
 from heartbeat_fast.generator import Generator
 from tests.fake_cuda import Driver
-from tests.fake_tensorrt import API, module
+from tests.fake_tensorrt import API, stand_in
 
 VERSIONS = ["10.14.1.48", "11.4.0.106"]
 Install = Callable[..., Driver]
@@ -38,11 +38,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """install(version, gpus=…, capability=…): puts stand-ins in place."""
 
     def put(version: str, **hardware: Any) -> Driver:
-        driver = Driver(**hardware)
-        monkeypatch.setattr(cuda, "driver", lambda: driver)
-        made = module(version, driver)
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-        return driver
+        return stand_in(monkeypatch, version, **hardware)[0]
 
     return put
 
