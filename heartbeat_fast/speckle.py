@@ -10,6 +10,12 @@ from numpy.typing import NDArray
 
 PER_PIXEL = 2.0  # scatterers per pixel: at 1 every tenth pixel starves after 16 frames of motion
 
+# One 64-bit addition for three sums: real part, imaginary part and weight of a scatterer side by
+# side in an integer. Positions to a sixteenth of a pixel (POSITION bits), so bilinear weights are
+# exact in 2·POSITION bits; amplitudes to 2^-AMPLITUDE. A part of FIELD bits holds ±64.
+POSITION, AMPLITUDE, FIELD = 4, 10, 25
+LEAST = np.float32(0.05)  # of an expected variance: where nearly all scatterers left
+
 
 def splat(
     x: NDArray[np.float32],
@@ -35,25 +41,18 @@ def splat(
     for offset, weight in ((0, gx * gy), (1, fx * gy), (width, gx * fy), (width + 1, fx * fy)):
         corner = cell + offset
         for total, value in zip(out, values, strict=True):
-            # In float32 and in place: 0.10 ms where bincount, by way of float64, takes 0.19.
             np.add.at(total, corner, weight if value is None else weight * value)
     return out.reshape(len(values), height, width)
 
 
-def whiten(sums: NDArray[np.float32], energy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale splatted amplitudes (2, H, W) by their local energy (H, W): unit variance everywhere.
+def whiten(sums: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Amplitudes of `splat` (re, im, ones: (3, H, W)) over their expected deviation: (2, H, W).
 
     Compression crowds scatterers and stretching thins them; without this the texture would brighten
     where tissue shortens.
     """
-    return np.asarray(sums / np.sqrt(np.maximum(energy, 0.05)), np.float32)
-
-
-def energy_of(
-    x: NDArray[np.float32], y: NDArray[np.float32], size: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Expected variance (H, W) of `splat` for unit amplitudes at these positions."""
-    return expected(splat(x, y, (None,), size)[0])
+    deviation = np.sqrt(np.maximum(expected(sums[2]), LEAST))
+    return np.asarray(sums[:2] * (1 / deviation), np.float32)
 
 
 def expected(count: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -94,16 +93,70 @@ def texture(
         rng.standard_normal(count, np.float32),
         rng.standard_normal(count, np.float32),
     )
+    packed = pack(*amplitudes)
     out = np.empty((frames, 2, size, size), np.float32)
     for t in range(frames):
-        sums = splat(x, y, (*amplitudes, None), (size, size))
-        out[t] = whiten(sums[:2], expected(sums[2]))
+        sums = packed_splat(x, y, packed, size)
+        if sums is None:
+            sums = splat(x, y, (*amplitudes, None), (size, size))
+        out[t] = whiten(sums)
         if flow is None:
             out[1:] = out[0]
             break
         if t + 1 < frames:
             row, col = (np.rint(at).clip(0, size - 1) for at in (y, x))
             nearest = (row * np.float32(size) + col).astype(np.intp)
-            x = x + flow[t, 0].reshape(-1)[nearest]
-            y = y + flow[t, 1].reshape(-1)[nearest]
+            x += flow[t, 0].reshape(-1).take(nearest)
+            y += flow[t, 1].reshape(-1).take(nearest)
     return out
+
+
+def pack(re: NDArray[np.float32], im: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Amplitudes (S,) of scatterers and the number one, rounded, side by side: (S,)."""
+    real, imaginary = (
+        np.rint(part * np.float32(1 << AMPLITUDE)).astype(np.int64) for part in (re, im)
+    )
+    return real + (imaginary << FIELD) + (np.int64(1) << 2 * FIELD)
+
+
+def packed_splat(
+    x: NDArray[np.float32], y: NDArray[np.float32], packed: NDArray[np.int64], size: int
+) -> NDArray[np.float32] | None:
+    """`splat` of packed amplitudes: (3, size, size), or None where a sum left its field.
+
+    Scatterers crowd in one pixel by the dozen only under flows that no tissue has. 1.1 ms for
+    131,072 scatterers where three sums in float32 take 1.9.
+    """
+    one = np.float32(1 << POSITION)
+    col, row = ((at * one + np.float32(0.5)).astype(np.int32) for at in (x, y))
+    most = (size - 1) << POSITION
+    inside = (x >= 0) & (y >= 0) & (col < most) & (row < most)
+    if not inside.all():  # seldom: picking them out takes as long as a third of the sums
+        col, row, packed = col[inside], row[inside], packed[inside]
+    cell = ((row >> POSITION) * size + (col >> POSITION)).astype(np.intp)
+    fx, fy = ((at & ((1 << POSITION) - 1)).astype(np.int64) for at in (col, row))
+    right = packed * fx
+    left = (packed << POSITION) - right
+    total = np.zeros(size * size, np.int64)
+    for corner, value in ((0, left), (1, right)):  # value · fy below, the rest above
+        below = value * fy
+        np.add.at(total[corner + size :], cell, below)
+        np.add.at(total[corner:], cell, (value << POSITION) - below)
+    real = _lowest(total)
+    total = (total - real) >> FIELD
+    imaginary = _lowest(total)
+    count = (total - imaginary) >> FIELD
+    if count.sum() != len(cell) << 2 * POSITION:
+        return None
+    sums = np.empty((3, size, size), np.float32)
+    weight = 1 << 2 * POSITION
+    for out, field, unit in zip(
+        sums, (real, imaginary, count), (weight << AMPLITUDE,) * 2 + (weight,), strict=True
+    ):
+        np.multiply(field.reshape(size, size), np.float32(1 / unit), out=out, casting="unsafe")
+    return sums
+
+
+def _lowest(total: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The signed integer in the lowest FIELD bits."""
+    return (total << 64 - FIELD) >> 64 - FIELD

@@ -129,7 +129,8 @@ def test_noise_to_the_bit(host: Path, nano_bundle: Bundle, tmp_path: Path) -> No
     )
     stream = int(np.random.SeedSequence([SEED, 1]).generate_state(1)[0])
     wanted = texture(conditions.flow, manifest.frames, manifest.size, stream)
-    np.testing.assert_allclose(np.load(grain), wanted, atol=2e-5)  # sums in another order
+    # The sums are whole numbers, the same on every host; their local means are not.
+    np.testing.assert_allclose(np.load(grain), wanted, atol=5e-6)
 
 
 @pytest.mark.parametrize(

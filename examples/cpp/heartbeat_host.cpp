@@ -513,19 +513,29 @@ Floats texture(const Floats& flow, int frames, int size, uint64_t seed) {
       std::copy_n(out.begin(), 2 * pixels, frame);
       continue;
     }
-    Floats crowd(pixels);
+    // Whole numbers, as in Python: positions to 1/16 pixel, amplitudes to 1/1024, so bilinear weights
+    // are exact in 1/256 and the sums do not depend on their order.
+    std::vector<int64_t> sums[3];  // real, imaginary, weight
+    for (auto& sum : sums) sum.assign(pixels, 0);
+    const int most = (size - 1) * 16;
     for (size_t i = 0; i < scatterers; ++i) {
-      if (!(x[i] >= 0 && y[i] >= 0 && x[i] < size - 1 && y[i] < size - 1)) continue;
-      const int column = static_cast<int>(x[i]), row = static_cast<int>(y[i]);
-      const float fx = x[i] - column, fy = y[i] - row;
-      const float weight[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
-      const size_t cell = static_cast<size_t>(row) * size + column;
+      if (!(x[i] >= 0 && y[i] >= 0 && x[i] < size && y[i] < size)) continue;
+      const int column = static_cast<int>(x[i] * 16 + 0.5f), row = static_cast<int>(y[i] * 16 + 0.5f);
+      if (column >= most || row >= most) continue;
+      const int fx = column & 15, fy = row & 15;
+      const int weight[4] = {(16 - fx) * (16 - fy), fx * (16 - fy), (16 - fx) * fy, fx * fy};
+      const size_t cell = static_cast<size_t>(row >> 4) * size + (column >> 4);
       const size_t corner[4] = {cell, cell + 1, cell + size, cell + size + 1};
-      for (int k = 0; k < 4; ++k) {
-        frame[corner[k]] += weight[k] * real[i];
-        frame[pixels + corner[k]] += weight[k] * imaginary[i];
-        crowd[corner[k]] += weight[k];
-      }
+      const auto whole = [](float a) { return static_cast<int64_t>(std::nearbyint(a * 1024)); };
+      const int64_t parts[3] = {whole(real[i]), whole(imaginary[i]), 1};
+      for (int k = 0; k < 4; ++k)
+        for (int part = 0; part < 3; ++part) sums[part][corner[k]] += weight[k] * parts[part];
+    }
+    Floats crowd(pixels);
+    for (size_t i = 0; i < pixels; ++i) {
+      frame[i] = static_cast<float>(sums[0][i]) / (256 * 1024);
+      frame[pixels + i] = static_cast<float>(sums[1][i]) / (256 * 1024);
+      crowd[i] = static_cast<float>(sums[2][i]) / 256;
     }
     const Floats density = box5(crowd, size);
     for (size_t i = 0; i < pixels; ++i) {

@@ -23,14 +23,15 @@ from heartbeat_training.ddim import encoded, mixed_noise
 from heartbeat_training.stage_diffusion import DiffusionStage
 
 FEWER = 0.25  # share of clips made from a random subset of their conditions
+FEWER_FROM = 600  # from this clip on every one is: one step from text alone was a smear without
 STEPS = 10  # of DPM-Solver++ 2M
 
 
 def generated_latents(stage: DiffusionStage, folder: Path, most: int = 0) -> NDArray[Any]:
     """Latents (M, F, C, h, w) float16 of a cache's clips, written once per model.
 
-    A quarter of the clips is made from some conditions only, the rest from all they have. A killed
-    run goes on where it was.
+    Some clips are made from a part of their conditions (`given`), the rest from all they have. A
+    killed run goes on where it was.
 
     Args:
         most: of the first so many clips only; 0: of all.
@@ -51,7 +52,7 @@ def generated_latents(stage: DiffusionStage, folder: Path, most: int = 0) -> NDA
 def given(clip: int) -> NDArray[np.float32]:
     """Which conditions (1, 7) a clip's latents are made from."""
     rng = np.random.Generator(np.random.PCG64([0x6E4, clip]))
-    keep = 0.5 if rng.random() < FEWER else 1.0
+    keep = 0.5 if clip >= FEWER_FROM or rng.random() < FEWER else 1.0
     return (rng.random((1, len(NAMES))) < keep).astype(np.float32)
 
 
