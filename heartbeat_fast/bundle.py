@@ -32,6 +32,7 @@ EMBEDDED = Path(__file__).parent / "bundles" / "tiny"
 MAX_BYTES = 2**31 - 1  # a protobuf cannot be longer
 MAX_MANIFEST = 4 * 2**20
 DTYPES = signatures.DTYPES
+AGAIN = "copy or export the bundle again"
 CHOICES = {"precision": ("fp32", "fp16", "bf16"), "flavour": ("standard", "plugin")}
 
 
@@ -147,33 +148,38 @@ class Bundle:
         Raises:
             BundleError: missing, truncated, altered, or an ONNX file that points outside itself.
         """
-        again = "copy or export the bundle again"
-        path = self.path / spec.file
         try:
-            content = regular(path, spec.bytes)
+            content = regular(self.path / spec.file, spec.bytes)
         except OSError as error:
-            raise BundleError(
-                f"bundle {self.path}: {spec.file} is missing or unreadable "
-                f"({error.strerror}): {again}"
-            ) from error
+            raise self.unreadable(spec, error) from error
         except MemoryError as error:
             raise BundleError(
                 f"bundle {self.path}: {spec.file} has {spec.bytes} bytes, more than fit in memory"
             ) from error
+        self.check(spec, content)
+        return content
+
+    def unreadable(self, spec: FileSpec, error: OSError) -> BundleError:
+        """What to raise where a file cannot be read."""
+        return BundleError(
+            f"bundle {self.path}: {spec.file} is missing or unreadable ({error.strerror}): {AGAIN}"
+        )
+
+    def check(self, spec: FileSpec, content: Any) -> None:
+        """Holds a file's content (bytes, or a map of them) to the manifest; errors as `read`."""
         if (size := len(content)) != spec.bytes:
             state = "truncated" if size < spec.bytes else "altered"
             raise BundleError(
                 f"bundle {self.path}: {spec.file} is {state} "
-                f"({size} bytes, manifest says {spec.bytes}): {again}"
+                f"({size} bytes, manifest says {spec.bytes}): {AGAIN}"
             )
         if hashlib.sha256(content).hexdigest() != spec.sha256:
-            raise BundleError(f"bundle {self.path}: {spec.file} is altered (SHA-256): {again}")
+            raise BundleError(f"bundle {self.path}: {spec.file} is altered (SHA-256): {AGAIN}")
         if isinstance(spec, GraphSpec):
             try:
                 onnx_check.hold(content, spec.inputs, spec.outputs)
             except OnnxError as error:
                 raise BundleError(f"bundle {self.path}: {spec.file}: {error}") from error
-        return content
 
     def verify(self) -> None:
         """Reads and hashes every file.

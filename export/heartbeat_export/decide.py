@@ -8,6 +8,7 @@ of it stands the parity gate against torch (quick_gate.py).
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -15,15 +16,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto
+from torch import Tensor
 
-from heartbeat_export import fingerprints, weight_map
+from heartbeat_export import fingerprints, store, weight_map
 from heartbeat_export.build import load_folder
 from heartbeat_export.errors import ExportError
+from heartbeat_export.onnx_bytes import Bytes, Outline, outline, patched
 from heartbeat_export.sampler_tables import build_tables, few_step_table, probe, scheduler
 from heartbeat_export.to_onnx import Recipe
 from heartbeat_fast.bundle import Bundle
+from heartbeat_fast.engines.machine import threads
 from heartbeat_fast.errors import HeartBeatError
 from heartbeat_fast.models.config import HeartBeatConfig
 from heartbeat_fast.models.heartbeat import HeartBeat
@@ -75,14 +78,14 @@ class Decision:
     Args:
         reasons: one sentence each.
         changed: tensors that differ, by graph; initializers' names where no tensor is known.
-        graphs: on the roads swap and rebuild, the graphs with their new weights.
+        graphs: on the roads swap and rebuild, the files of the graphs that change, in pieces.
         files: new contents by the manifest's key.
     """
 
     road: Road = Road.NOTHING
     reasons: list[str] = field(default_factory=list)
     changed: dict[str, list[str]] = field(default_factory=dict)
-    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    graphs: dict[str, list[Bytes]] = field(default_factory=dict)
     retrace: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
 
@@ -105,14 +108,14 @@ def decide(bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe | None = None)
     """
     decision = Decision()
     try:
-        bundle.verify()
+        contents = store.whole(bundle)
     except HeartBeatError as error:
         decision.take(Road.FULL, f"the bundle is not whole: {error}")
         return decision
     _compare_architecture(bundle, checkpoint.model, decision)
     _compare_recipe(bundle, recipe or recipe_of(bundle), decision)
     if decision.road is not Road.FULL:
-        _compare_weights(bundle, checkpoint.model, decision)
+        _compare_weights(bundle, contents, checkpoint.model, decision)
     if decision.road is not Road.FULL:
         _compare_files(bundle, checkpoint, decision)
     if decision.road is Road.NOTHING:
@@ -151,34 +154,34 @@ def _compare_recipe(bundle: Bundle, recipe: Recipe, decision: Decision) -> None:
             decision.take(Road.FULL, f"{name}: the bundle's is {has}, wanted {wanted}")
 
 
-def _compare_weights(bundle: Bundle, model: HeartBeat, decision: Decision) -> None:
-    """Puts the new weights into the bundle's graphs, and sees what that changes."""
+def _compare_weights(
+    bundle: Bundle, contents: Mapping[str, Bytes], model: HeartBeat, decision: Decision
+) -> None:
+    """Compares what the new weights would put into the bundle's graphs with what is there."""
     manifest, state = bundle.manifest, model.state_dict()
     if "weights_map" not in manifest.files:
         decision.take(Road.FULL, "the bundle has no weights map: an older release exported it")
         return
-    content = json.loads(bundle.read(manifest.files["weights_map"]))
+    content = json.loads(contents[manifest.files["weights_map"].file].tobytes())
     if content.get("schema_version") != weight_map.SCHEMA_VERSION:
         decision.take(Road.FULL, "the weights map is of another release's schema")
         return
     mapped = {e["tensor"] for entries in content["graphs"].values() for e in entries.values()}
     loose = [k for k, t in state.items() if t.is_floating_point() and k not in mapped]
     for name, spec in manifest.graphs.items():
-        proto = onnx.load_from_string(bundle.read(spec))
-        entries = content["graphs"].get(name, {})
-        before = {t.name: t.raw_data for t in proto.graph.initializer}
+        file, entries = contents[spec.file], content["graphs"].get(name, {})
+        found = outline(file)
         try:
-            weight_map.apply(proto, entries, state)
+            changed = _changed(file, found, entries, state)
         except ExportError as error:
             decision.take(Road.FULL, f"graph {name}: {error}")
             return
-        after = {t.name: t.raw_data for t in proto.graph.initializer}
-        if changed := [key for key in after if after[key] != before[key]]:
-            decision.graphs[name] = proto
+        if changed:
+            decision.graphs[name] = patched(file, found.initializers, changed)
             tensors = list(dict.fromkeys(entries[key]["tensor"] for key in changed))
             decision.changed[name] = tensors
             decision.take(Road.SWAP, f"graph {name}: new weights in {_listed(tensors)}")
-        if computed := _computed(proto, entries, bool(loose)):
+        if computed := _computed(found, entries, bool(loose)):
             decision.retrace.append(name)
             why = f"{_listed(loose or computed)} cannot be put in by name"
             decision.take(Road.REBUILD, f"graph {name}: {why}, so it is traced anew")
@@ -188,28 +191,40 @@ def _compare_weights(bundle: Bundle, model: HeartBeat, decision: Decision) -> No
         decision.road = Road.NOTHING
 
 
-def _computed(proto: onnx.ModelProto, entries: Mapping[str, Any], loose: bool) -> list[str]:
+def _changed(
+    file: Bytes, found: Outline, entries: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> dict[str, Bytes]:
+    """New contents of a graph's initializers, where they differ, in the file's order.
+
+    Raises:
+        ExportError: the map is not the graph's, or a tensor is missing, mis-shaped or too large.
+    """
+    if lacking := [name for name in entries if name not in found.initializers]:
+        raise ExportError(f"weights map: the graph has no initializer {lacking[0]}: export it anew")
+
+    def compared(name: str) -> Bytes | None:
+        span = found.initializers[name]
+        return weight_map.difference(file, span, name, entries[name], state)
+
+    names = [name for name in found.initializers if name in entries]
+    with ThreadPoolExecutor(threads()) as pool:
+        new = dict(zip(names, pool.map(compared, names), strict=True))
+    return {name: content for name, content in new.items() if content is not None}
+
+
+def _computed(found: Outline, entries: Mapping[str, Any], loose: bool) -> list[str]:
     """Constants of a graph that were computed from weights: scales of quantised ones, and, where
     some of the model's tensors are in no graph (loose), every float constant."""
-    scales = {
-        name
-        for node in proto.graph.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-        for name in node.input
-    }
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     return [
-        t.name
-        for t in proto.graph.initializer
-        if t.name not in entries and (t.name in scales or (loose and t.data_type in floats))
+        name
+        for name, span in found.initializers.items()
+        if name not in entries and (name in found.quantised or (loose and span.dtype in floats))
     ]
 
 
 def _same_weights(bundle: Bundle, model: HeartBeat) -> bool:
-    from heartbeat_export.build import weights_of
-    from heartbeat_fast.models.graphs import round_to_half
-
-    return weights_of(round_to_half(model)) == bundle.manifest.fingerprints.get("weights")
+    return fingerprints.of_model(model) == bundle.manifest.fingerprints.get("weights")
 
 
 def _compare_files(bundle: Bundle, checkpoint: Checkpoint, decision: Decision) -> None:

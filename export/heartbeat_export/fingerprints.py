@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from heartbeat_export.errors import ExportError
+from heartbeat_export.weight_map import finite
 from heartbeat_fast.bundle import Manifest
 from heartbeat_fast.engines.base import Engine
+from heartbeat_fast.engines.machine import threads
 from heartbeat_fast.models.config import HeartBeatConfig, to_dict
+from heartbeat_fast.models.graphs import HALF_FROM
+from heartbeat_fast.models.heartbeat import HeartBeat
 
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
 
@@ -37,15 +43,37 @@ def arch_of(normal: Mapping[str, Any]) -> str:
 
 def leaves(tensors: Mapping[str, NDArray[Any]]) -> dict[str, str]:
     """BLAKE2b of every tensor by name, over name, dtype, shape and bytes."""
-    out = {}
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest = hashlib.blake2b(
-            f"{name}|{array.dtype.str}|{array.shape}|".encode(), digest_size=32
-        )
-        digest.update(array.data if array.size else b"")
-        out[name] = digest.hexdigest()
-    return out
+    return {name: leaf(name, tensors[name]) for name in sorted(tensors)}
+
+
+def leaf(name: str, tensor: NDArray[Any]) -> str:
+    """BLAKE2b of one tensor, as `leaves`."""
+    array = np.ascontiguousarray(tensor)
+    digest = hashlib.blake2b(f"{name}|{array.dtype.str}|{array.shape}|".encode(), digest_size=32)
+    digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
+
+
+def of_model(model: HeartBeat) -> str:
+    """`weights` of a model as graphs.round_to_half leaves it, without rounding it: a tensor at a
+    time, on all processors.
+
+    Raises:
+        ExportError: a weight exceeds half precision.
+    """
+    large = {k for k, parameter in model.named_parameters() if parameter.numel() >= HALF_FROM}
+    state = model.state_dict()
+
+    def hashed(name: str) -> str:
+        tensor = state[name].detach().cpu()
+        if name in large:
+            if not finite(half := tensor.half()):
+                raise ExportError(f"weight {name}: exceeds half precision's 65504")
+            tensor = half.to(tensor.dtype)
+        return leaf(name, tensor.numpy())
+
+    with ThreadPoolExecutor(threads()) as pool:
+        return merkle_root(list(pool.map(hashed, sorted(state))))
 
 
 def merkle_root(hashes: list[str]) -> str:

@@ -7,72 +7,30 @@ new one up between two clips (heartbeat_fast/reload.py).
 import datetime
 import json
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
 from heartbeat_export import fingerprints, parity, quick_gate, store, weight_map
-from heartbeat_export.build import build_bundle, weights_of
+from heartbeat_export.build import build_bundle
 from heartbeat_export.decide import Checkpoint, Decision, Road, decide, recipe_of
 from heartbeat_export.errors import ExportError
-from heartbeat_export.local_engines import Follower, Outcome
+from heartbeat_export.local_engines import Follower
+from heartbeat_export.onnx_bytes import Bytes
+from heartbeat_export.rebuild_report import Report as Report
 from heartbeat_export.to_onnx import Recipe, to_onnx
 from heartbeat_fast.bundle import Bundle, FileSpec, Manifest
 from heartbeat_fast.engines.cache import EngineCache
-from heartbeat_fast.engines.torch_engine import TorchEngine
 from heartbeat_fast.models.graphs import build_graphs, example_inputs, round_to_half
 
 Say = Callable[[str], None]
 NAMES = {"samplers": "samplers.json", "tokenizer": "tokenizer.json", "card": "README.md"}
-
-
-@dataclass
-class Report:
-    """What a rebuild did, or with dry_run would do.
-
-    Args:
-        road, reasons, changed: see decide.Decision.
-        before, after: fingerprints of the weights.  build: of the result on the gate's engine.
-        engines: what became of the graphs that engines had compiled here (local_engines.Outcome).
-        parity: relative L2 by graph; after a full export also a clip in dB.
-        written: bytes of new files.  seconds: by stage; all of it under "all".
-    """
-
-    bundle: str
-    road: str = Road.NOTHING.value
-    reasons: list[str] = field(default_factory=list)
-    changed: dict[str, list[str]] = field(default_factory=dict)
-    before: str = ""
-    after: str = ""
-    build: str = ""
-    engines: list[dict[str, Any]] = field(default_factory=list)
-    parity: dict[str, Any] = field(default_factory=dict)
-    written: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    dry_run: bool = False
-
-    def tell(self, outcomes: list[Outcome]) -> None:
-        """What became of compiled engines."""
-        self.engines = [asdict(outcome) for outcome in outcomes]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the wall-clock time of a block to `seconds`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def rebuild(
@@ -180,29 +138,27 @@ class _Work:
     def _patched(self, decision: Decision) -> Manifest:
         """The manifest of new weights and files, written beside the old and past the gate."""
         old, model = self.bundle.manifest, self.checkpoint.model
-        graphs, files = dict(decision.graphs), dict(decision.files)
         if self.checkpoint.tokenizer.vocab_size > model.config.text.vocab:
             raise ExportError(
                 f"tokenizer: {self.checkpoint.tokenizer.vocab_size} ids came; the text encoder "
                 f"has {model.config.text.vocab}"
             )
-        prints = dict(old.fingerprints)
+        files, prints = dict(decision.files), dict(old.fingerprints)
         if decision.retrace:
             with self.report.stage("trace"):
                 protos = self._traced(decision)
-            graphs |= {name: protos[name] for name in decision.retrace}
+            for name in decision.retrace:
+                whole = protos[name].SerializeToString()
+                decision.graphs[name] = [np.frombuffer(whole, np.uint8)]
             files["weights_map"] = json.dumps(weight_map.build(protos, model)).encode()
             prints["arch"] = fingerprints.arch(protos)
-        changed = set(graphs)
-        decision.graphs.clear()  # `base`'s are 2 GB, and its gate wants the room
+        changed = set(decision.graphs)
         with self.report.stage("write"):
-            written: dict[str, FileSpec] = {}
-            for name in changed:
-                content = graphs.pop(name).SerializeToString()
-                written |= self._put({f"{name}.onnx": content})
+            written = self._put({f"{name}.onnx": c for name, c in decision.graphs.items()})
             extra = self._put({NAMES.get(key, f"{key}.json"): c for key, c in files.items()})
+        decision.graphs.clear()
         with self.report.stage("fingerprint"):
-            prints["weights"] = weights_of(round_to_half(model))
+            prints["weights"] = fingerprints.of_model(model)
         entries = {
             name: store.named(spec, written[f"{name}.onnx"]) if name in changed else spec
             for name, spec in old.graphs.items()
@@ -234,7 +190,7 @@ class _Work:
             provenance=self.checkpoint.provenance,
         )
 
-    def _put(self, contents: Mapping[str, bytes]) -> dict[str, FileSpec]:
+    def _put(self, contents: Mapping[str, bytes | Iterable[Bytes]]) -> dict[str, FileSpec]:
         known = store.kept(self.bundle)
         return {
             name: store.put(self.bundle.path, name, content, known)
@@ -250,16 +206,15 @@ class _Work:
                 self.say(f"graph {name}: traced anew")
                 protos[name] = to_onnx(parts[name], inputs[name], **vars(self.recipe))
             else:
-                here = decision.graphs.get(name)
-                protos[name] = here or onnx.load_from_string(self.bundle.read(spec))
+                pieces = decision.graphs.get(name) or [store.mapped(self.bundle, spec)]
+                protos[name] = onnx.load_from_string(b"".join(map(bytes, pieces)))
         return protos
 
     def _gate(self, manifest: Manifest, changed: set[str]) -> dict[str, Any]:
         """The new parity record; raises ExportError where the gate fails."""
         staged = Bundle(self.bundle.path, manifest)
-        model = self.checkpoint.model
-        engine, reference = parity.engine_for(staged, model), TorchEngine(model, staged)
-        found = quick_gate.measure(staged, engine, reference, changed)
+        engine = parity.engine_for(staged, self.checkpoint.model)
+        found = quick_gate.measure(staged, engine, self.checkpoint.model, changed)
         parity.gate(found, None, manifest.precision)
         errors = {name: float(f"{error:.3e}") for name, error in found.items()}
         return {  # and no clip_psnr_db: the old one was of other weights

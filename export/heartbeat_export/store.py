@@ -10,22 +10,31 @@ took over from, which stays in the folder as manifest-SHA.json.
 """
 
 import contextlib
+import errno
 import hashlib
+import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from heartbeat_export.onnx_bytes import Bytes
 from heartbeat_fast.bundle import Bundle, FileSpec, GraphSpec, Manifest
+from heartbeat_fast.engines.machine import threads
 from heartbeat_fast.errors import BundleError, HeartBeatError
 from heartbeat_fast.files import atomic
 
 MANIFEST, LOCK = "manifest.json", ".rebuild.lock"
 GRACE_S = 60  # for readers that opened a version just before it was replaced twice
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 DIGITS = 16  # of a SHA-256 in a file's name
 # What is ours to sweep: files under names of their own, and what a killed process was writing.
 OWN = re.compile(rf"[a-z_]+-[0-9a-f]{{{DIGITS}}}\.(onnx|json|md)")
@@ -62,30 +71,80 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def own_name(name: str, content: bytes) -> str:
-    """The name a file's content gets: denoise.onnx → denoise-1f0c….onnx."""
+def own_name(name: str, digest: str) -> str:
+    """The name a file gets by its content's SHA-256: denoise.onnx → denoise-1f0c….onnx."""
     stem, _, suffix = name.rpartition(".")
     stem = re.sub(rf"-[0-9a-f]{{{DIGITS}}}$", "", stem).lower()
-    return f"{stem}-{hashlib.sha256(content).hexdigest()[:DIGITS]}.{suffix}"
+    return f"{stem}-{digest[:DIGITS]}.{suffix}"
 
 
-def put(folder: Path, name: str, content: bytes, known: Mapping[str, str]) -> FileSpec:
+def put(
+    folder: Path, name: str, content: bytes | Iterable[Bytes], known: Mapping[str, str]
+) -> FileSpec:
     """Writes content under a name of its own, or finds the file that already holds it.
 
     Args:
         name: what the file is called in a fresh export.
+        content: bytes, or pieces of them, so that a large file need not be in memory.
         known: {SHA-256: file name} of versions that are kept (see `kept`).
 
     Raises:
         FileError: it cannot be written.
     """
-    digest = hashlib.sha256(content).hexdigest()
-    file = known.get(digest, own_name(name, content))
+    pieces = [memoryview(content)] if isinstance(content, bytes) else [p.data for p in content]
+    hashed = hashlib.sha256()
+    for piece in pieces:
+        hashed.update(piece)
+    digest = hashed.hexdigest()
+    file = known.get(digest, own_name(name, digest))
     path = folder / file
-    if not (path.is_file() and path.read_bytes() == content):
-        with atomic(path) as temporary:
-            temporary.write_bytes(content)
-    return FileSpec(file, digest, len(content))
+    if not _holds(path, digest):
+        with atomic(path) as temporary, temporary.open("wb") as out:
+            for piece in pieces:
+                out.write(piece)
+    return FileSpec(file, digest, sum(map(len, pieces)))
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Whether a file is there and whole."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def mapped(bundle: Bundle, spec: FileSpec) -> Bytes:
+    """As Bundle.read, but the file's own pages: `base`'s denoiser is never copied into memory.
+
+    Raises:
+        BundleError: as Bundle.read.
+    """
+    try:
+        handle = os.open(bundle.path / spec.file, READ)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            size = found.st_size
+            content = mmap.mmap(handle, size, access=mmap.ACCESS_READ) if size else b""
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise bundle.unreadable(spec, error) from error
+    bundle.check(spec, content)
+    return np.frombuffer(content, np.uint8)
+
+
+def whole(bundle: Bundle) -> dict[str, Bytes]:
+    """Every file of a bundle by its name, hashed: on all processors, and once.
+
+    Raises:
+        BundleError: names a file that is not what the manifest says.
+    """
+    files = specs(bundle.manifest)
+    with ThreadPoolExecutor(threads()) as pool:  # hashing lets go of the interpreter
+        contents = list(pool.map(lambda spec: mapped(bundle, spec), files))
+    return {spec.file: content for spec, content in zip(files, contents, strict=True)}
 
 
 def kept(bundle: Bundle) -> dict[str, str]:

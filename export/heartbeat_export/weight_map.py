@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from heartbeat_export.errors import ExportError
+from heartbeat_export.onnx_bytes import Bytes, Span, same
 from heartbeat_export.weight_sources import Source, chain
 
 SCHEMA_VERSION = 1
@@ -134,12 +135,41 @@ def apply(
 
 def _put(tensor: TensorProto, wanted: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """One initializer's new content."""
+    weight, value = _found(tensor.name, wanted, state)
+    fill(tensor, weight, value)
+
+
+def _found(
+    name: str, wanted: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Weight, Tensor]:
+    """What an entry of the map says an initializer is, and the checkpoint's tensor for it."""
     key = wanted["tensor"]
     if key not in state:
         raise ExportError(f"weights map: the checkpoint has no tensor {key}: export it anew")
     transform = tuple(tuple(operation) for operation in wanted["transform"])
-    source = Source(key, transform, tuple(wanted["shape"]))
-    fill(tensor, Weight(tensor.name, source, wanted["dtype"]), state[key])
+    return Weight(name, Source(key, transform, tuple(wanted["shape"])), wanted["dtype"]), state[key]
+
+
+def difference(
+    content: Bytes, span: Span, name: str, wanted: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> Bytes | None:
+    """What a checkpoint would put into an initializer, where that is not what it holds.
+
+    Args:
+        content: of the graph's file.  span: the initializer's.  wanted: its entry in the map.
+
+    Raises:
+        ExportError: as `apply`.
+    """
+    weight, value = _found(name, wanted, state)
+    if DTYPES[weight.dtype][0] != span.dtype or weight.bytes != span.end - span.begin:
+        raise ExportError(f"weights map: initializer {name} is not what it says: export it anew")
+    put = _converted(weight, value)
+    new: Bytes = put.reshape(-1).view(torch.uint8).numpy()
+    if same(new, content[span.begin : span.end]):
+        return None
+    _check_range(weight, value, put)
+    return new
 
 
 def fill(tensor: TensorProto, weight: Weight, value: Tensor) -> None:
@@ -151,9 +181,21 @@ def fill(tensor: TensorProto, weight: Weight, value: Tensor) -> None:
     Raises:
         ExportError: the tensor has another shape than the graph's, or exceeds the dtype.
     """
-    source, (kind, dtype) = weight.source, DTYPES[weight.dtype]
+    put = _converted(weight, value)
+    _check_range(weight, value, put)
+    del tensor.dims[:], tensor.metadata_props[:]
+    tensor.dims.extend(put.shape)
+    tensor.name, tensor.data_type = weight.name, DTYPES[weight.dtype][0]
+    tensor.raw_data = put.reshape(-1).view(torch.uint8).numpy().tobytes()
+    note = tensor.metadata_props.add()
+    note.key, note.value = SOURCE, json.dumps([weight.source.key, weight.source.transform])
+
+
+def _converted(weight: Weight, value: Tensor) -> Tensor:
+    """A checkpoint's tensor as the graph holds it."""
+    source = weight.source
     try:
-        put = chain(value.detach().cpu(), source.transform).to(dtype).contiguous()
+        put = chain(value.detach().cpu(), source.transform).to(DTYPES[weight.dtype][1]).contiguous()
     except (RuntimeError, IndexError):  # a slice or a new shape that does not fit
         put = torch.empty(0)
     if tuple(put.shape) != source.shape:
@@ -161,16 +203,19 @@ def fill(tensor: TensorProto, weight: Weight, value: Tensor) -> None:
             f"weight {source.key}: {list(value.shape)} does not make {list(source.shape)}: "
             "export the model anew"
         )
-    if not bool(put.isfinite().all()) and bool(value.isfinite().all()):
+    return put
+
+
+def _check_range(weight: Weight, value: Tensor, put: Tensor) -> None:
+    if not finite(put) and finite(value):
         raise ExportError(
-            f"weight {source.key}: exceeds {weight.dtype}: export at another precision"
+            f"weight {weight.source.key}: exceeds {weight.dtype}: export at another precision"
         )
-    del tensor.dims[:], tensor.metadata_props[:]
-    tensor.dims.extend(put.shape)
-    tensor.name, tensor.data_type = weight.name, kind
-    tensor.raw_data = put.reshape(-1).view(torch.uint8).numpy().tobytes()
-    note = tensor.metadata_props.add()
-    note.key, note.value = SOURCE, json.dumps([source.key, source.transform])
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are: both ends are read, since isfinite makes a tensor for each step."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _digest(tensor: TensorProto) -> str:
