@@ -29,6 +29,7 @@ from heartbeat_fast.models.codec import build_codec
 from heartbeat_fast.models.conditioning import LOCAL_INPUTS, Conditioning
 from heartbeat_fast.models.config import HeartBeatConfig, from_dict, to_dict
 from heartbeat_fast.models.denoiser import Denoiser
+from heartbeat_fast.models.weight_files import Unfilled
 
 INDEX = "model_index.json"
 TRANSFORMERS = ("text_encoder", "image_encoder")  # saved as that library saves
@@ -153,7 +154,8 @@ class HeartBeat(Conditioning):
             states[name] = text_state(part, state) if name == "text_encoder" else state
             found += faults(name, part.state_dict(), states[name])
         raise_for(found, folder)
-        model = cls(config)
+        with Unfilled():  # every parameter was just found in a file
+            model = cls(config)
         for name, part in model.components().items():
             land(part, states[name])
         return model
