@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from heartbeat_fast import __version__
 from heartbeat_fast.bundle import Bundle
-from heartbeat_fast.clip import Clip
+from heartbeat_fast.clip import Clip, to_grey
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.engines.base import Arrays, Engine, Looping, Resident, open_engine
 from heartbeat_fast.errors import ConditionError, EngineError
 from heartbeat_fast.reload import Follow
 from heartbeat_fast.sampler import SamplerTable, choose, sample
-from heartbeat_fast.speckle import texture
+from heartbeat_fast.speckle import stream_of, texture
 from heartbeat_fast.stopwatch import Stopwatch as Stopwatch
 from heartbeat_fast.text import Tokenizer
 
@@ -140,13 +140,8 @@ class Generator:
             z = self.denoise(encoded, table, guidance, seed, watch, progress, temperature)
             frames = self.decode(z, conditions.flow, seed, watch)
             provenance = self._provenance(conditions, watch)
-        provenance |= {
-            "sampler": table.name,
-            "steps": table.steps,
-            "guidance": guidance,
-            "seed": seed,
-            "temperature": temperature,
-        }
+        provenance |= {"sampler": table.name, "steps": table.steps, "guidance": guidance}
+        provenance |= {"seed": seed, "temperature": temperature}
         return Clip(frames, spacing_mm, fps, provenance, conditions)
 
     def _provenance(self, conditions: Conditions, watch: Stopwatch) -> dict[str, Any]:
@@ -206,24 +201,23 @@ class Generator:
     ) -> Float:
         """Latents (1,F,C,h,w) from unit noise of this seed, by the table's S steps."""
         watch = watch or Stopwatch()
-        model = self.model(table, guidance, watch)
+        model = self.model(table, guidance, watch, progress)
         noise = np.float32(temperature) * self.noise(seed)
-
-        def step(z: Float, i: int) -> Float:
-            out = model(z, i, encoded)
-            if progress is not None:
-                progress(i + 1, table.steps)
-            return out
-
         with watch("denoise"):
             if isinstance(self.engine, Looping) and self.engine.loops:
                 used = [e for e in (encoded, self._null if guidance != 1.0 else None) if e]
                 sets = [{"local": e.local, **e.context} for e in used]
                 times = self._time_embeddings(table)
                 return self.engine.loop(table, times, sets, guidance, noise, progress)
-            return sample(table, step, noise)
+            return sample(table, lambda z, i: model(z, i, encoded), noise)
 
-    def model(self, table: SamplerTable, guidance: float, watch: Stopwatch) -> Model:
+    def model(
+        self,
+        table: SamplerTable,
+        guidance: float,
+        watch: Stopwatch,
+        progress: Progress | None = None,
+    ) -> Model:
         """The guided denoiser at a table's times: (z, i, encoded) → output of z's shape."""
         with watch("time"):
             times = self._time_embeddings(table)
@@ -237,6 +231,8 @@ class Generator:
             if null is not None:
                 base = self._out(z, times[i], null)
                 out = base + np.float32(guidance) * (out - base)
+            if progress is not None:
+                progress(i + 1, table.steps)
             return out
 
         return model
@@ -253,20 +249,23 @@ class Generator:
         Raises:
             EngineError: the latents or frames are not finite.
         """
-        watch, manifest = watch or Stopwatch(), self.bundle.manifest
+        watch = watch or Stopwatch()
+        return self._frames(z, self._grain(flow, self.bundle.manifest.frames, seed, watch), watch)
+
+    def _grain(self, flow: NDArray[Any] | None, frames: int, seed: int, watch: Stopwatch) -> Float:
+        """Texture noise (1,F,2,H,W) of a clip or take."""
         with watch("texture"):
-            # Another stream than the latents' noise, from the same seed.
-            stream = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-            grain = texture(flow, manifest.frames, manifest.size, stream)[None]
+            return texture(flow, frames, self.bundle.manifest.size, stream_of(seed))[None]
+
+    def _frames(self, z: Float, grain: Float, watch: Stopwatch) -> NDArray[np.uint8]:
         with watch("decode"):
             frames = self.engine.run("decode", {"z": z, "noise": grain})["frames"][0, :, 0]
         # Latents too: OpenVINO's clamp makes a finite frame of NaN.
         if not (np.isfinite(z).all() and np.isfinite(frames).all()):
             self._times, self._null = {}, None  # what is kept may hold the NaN
-            raise EngineError(
-                f"engine {self.engine.name}: frames came out as NaN: try another engine"
-            )
-        return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+            name = self.engine.name
+            raise EngineError(f"engine {name}: frames came out as NaN: try another engine")
+        return to_grey(frames)
 
     def noise(self, seed: int, frames: int = 0) -> Float:
         """Unit noise (1,F,C,h,w), F the bundle's or `frames`. Part of its power is common to all

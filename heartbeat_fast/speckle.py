@@ -77,6 +77,11 @@ def box5(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(total * np.float32(1 / 25), np.float32)
 
 
+def stream_of(seed: int) -> int:
+    """Seed of a clip's texture: another stream than its latents' noise."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+
+
 def texture(
     flow: NDArray[np.float32] | None, frames: int, size: int, seed: int
 ) -> NDArray[np.float32]:

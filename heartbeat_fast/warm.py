@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from heartbeat_fast.carry import resume
 from heartbeat_fast.conditions import Conditions
 from heartbeat_fast.engines.base import Arrays
-from heartbeat_fast.errors import EngineError
 from heartbeat_fast.generator import (
     LOCAL,
     TEMPERATURE,
@@ -25,7 +24,6 @@ from heartbeat_fast.generator import (
     Stopwatch,
 )
 from heartbeat_fast.sampler import SamplerTable, choose
-from heartbeat_fast.speckle import texture
 
 # Which conditions each encoder reads. It sees the flags of its own ones only.
 GROUPS: dict[str, tuple[str, ...]] = {"text": ("text", "ef"), "image": ("image",), "local": LOCAL}
@@ -131,17 +129,10 @@ class Warm(Generator):
     ) -> Float:
         """As `denoise`, from step `start` on, from latents (1,F,C,h,w) noised to its level."""
         watch = watch or Stopwatch()
-        model = self.model(table, guidance, watch)
+        model = self.model(table, guidance, watch, progress)
         noise = np.float32(temperature) * self.noise(seed)
-
-        def step(z: Float, i: int) -> Float:
-            out = model(z, i, encoded)
-            if progress is not None:
-                progress(i + 1, table.steps)
-            return out
-
         with watch("denoise"):
-            return resume(table, step, latents, noise, start)
+            return resume(table, lambda z, i: model(z, i, encoded), latents, noise, start)
 
     def decode_long(
         self, z: Float, flow: NDArray[Any] | None, seed: int, watch: Stopwatch
@@ -152,9 +143,7 @@ class Warm(Generator):
             EngineError: frames are not finite.
         """
         manifest, L = self.bundle.manifest, z.shape[1]
-        with watch("texture"):
-            stream = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-            grain = texture(flow, L, manifest.size, stream)[None]
+        grain = self._grain(flow, L, seed, watch)
         out = np.empty((L, manifest.size, manifest.size), np.uint8)
         for start in [*range(0, L - manifest.frames, manifest.frames), L - manifest.frames]:
             part = slice(start, start + manifest.frames)
@@ -162,10 +151,3 @@ class Warm(Generator):
                 np.ascontiguousarray(z[:, part]), np.ascontiguousarray(grain[:, part]), watch
             )
         return out
-
-    def _frames(self, z: Float, grain: Float, watch: Stopwatch) -> NDArray[np.uint8]:
-        with watch("decode"):
-            frames = self.engine.run("decode", {"z": z, "noise": grain})["frames"][0, :, 0]
-        if not np.isfinite(frames).all():
-            raise EngineError(f"engine {self.engine.name}: frames came out as NaN")
-        return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
