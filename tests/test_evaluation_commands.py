@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -34,10 +35,18 @@ def command(name: str, bundle: Bundle, out: Path, *more: str) -> None:
 
 
 def test_evaluate(nano_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "e.json"
+    out, pictures = tmp_path / "e.json", tmp_path / "e.gif"
     more = ("--conditions", "mask,text", "--steps", "4", "--seeds", "2", "--judge", "none")
-    command("evaluate", nano_bundle, out, *more)
+    command("evaluate", nano_bundle, out, *more, "--pictures", str(pictures))
     found = result(out)
+    side = nano_bundle.manifest.size
+    with Image.open(pictures) as image:  # four real clips, one generated below each
+        assert image.size == (4 * side, 2 * side)
+        assert getattr(image, "n_frames", 1) == nano_bundle.manifest.frames
+        grey = np.asarray(image.convert("L"), float)
+    real, made = grey[:side], grey[side:]
+    assert real.std() > 10
+    assert np.abs(real - made).mean() > 1
     assert list(found["sets"]) == ["text+mask"]
     one = found["sets"]["text+mask"]
     assert len(one["rows"]) == 8

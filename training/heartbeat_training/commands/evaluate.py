@@ -1,6 +1,7 @@
 """`heartbeat-train evaluate`: every figure the field measures, for one set of conditions."""
 
 import argparse
+from pathlib import Path
 
 from heartbeat_training.evaluation import options
 
@@ -17,6 +18,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a subset of text,ef,image,sketch,mask,skeleton,flow (default: the paper's six)",
     )
     options.add_measures(parser)
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FILE.gif",
+        help="also clips to look at: real ones on top, generated ones below (.gif, .mp4, .webp)",
+    )
     options.add_out(parser)
 
 
@@ -24,8 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Generate, measure, print, write the result file."""
     from rich.console import Console
 
+    from heartbeat_fast.clip import writable
     from heartbeat_fast.conditions import check_names
-    from heartbeat_training.evaluation import paper, report
+    from heartbeat_training.evaluation import paper, pictures, report
+
+    if arguments.pictures:
+        writable(arguments.pictures)
 
     asked = arguments.conditions
     names = check_names(n.strip() for n in asked.split(",")) if asked else paper.SIX
@@ -38,4 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(report.figures_table(one, content["ceiling"], content["workload"]))
     for line in report.notes(content["workload"], sets):
         console.print(line, highlight=False)
+    if arguments.pictures:
+        pictures.beside(arguments.pictures, opened.scorer.cases, opened.scorer.made)
+        console.print(f"real above generated: {arguments.pictures}", highlight=False)
     console.print(f"raw rows: {path}", highlight=False, soft_wrap=True)

@@ -51,6 +51,7 @@ class Scorer:
             raise EvaluationError(f"patients: fewer than {FEWEST} came; distances need so many")
         self.generator, self.cases, self.judge, self.lpips = generator, cases, judge, lpips
         self.images, self.video = images, video
+        self.made: dict[str, list[Frames]] = {}  # by set of conditions: each case's first clip
 
     @cached_property
     def real(self) -> list[dict[str, Any]]:
@@ -99,6 +100,7 @@ class Scorer:
                 tick()
             rows[-1]["diversity"] = diversity(drawn)
             first.append(drawn[0])
+        self.made[name] = first
         return {
             "conditions": wanted,
             "lacking": {key: count for key, count in lacking.items() if count},
