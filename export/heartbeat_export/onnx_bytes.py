@@ -5,12 +5,12 @@ here it is mapped, read where it lies, and only what changed is held. Files come
 heartbeat_fast.onnx_check first, which has seen every field. Field numbers: onnx.proto, ONNX IR 10.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 Bytes = NDArray[np.uint8]
 GRAPH, NODE, TENSOR = 7, 1, 5  # of ModelProto and GraphProto
@@ -39,18 +39,35 @@ def outline(content: Bytes) -> Outline:
     view = content.data
     found: dict[str, Span] = {}
     quantised: set[str] = set()
-    for number, begin, end in _fields(view, 0, len(view)):
-        if number != GRAPH:
-            continue
-        for inner, first, last in _fields(view, begin, end):
-            if inner == TENSOR:
-                name, span = _initializer(view, first, last)
-                found[name] = span
-            elif inner == NODE:
-                node = bytes(view[first:last])
-                if any(kind in node for kind in QUANTISED):
-                    quantised |= set(NodeProto.FromString(node).input)
+    for number, _, first, last in _in_graph(view):
+        if number == TENSOR:
+            name, span, _ = _initializer(view, first, last)
+            found[name] = span
+        elif number == NODE:
+            node = bytes(view[first:last])
+            if any(kind in node for kind in QUANTISED):
+                quantised |= set(NodeProto.FromString(node).input)
     return Outline(found, quantised)
+
+
+def without_contents(content: Bytes, empty: Callable[[TensorProto], bool]) -> ModelProto:
+    """A file as onnx reads it, but of some initializers, told by all else of them, no content."""
+    view = content.data
+    model = ModelProto()
+    for number, start, _, end in _fields(view, 0, len(view)):
+        if number != GRAPH:
+            model.MergeFromString(bytes(view[start:end]))
+    for number, start, first, last in _in_graph(view):
+        if number != TENSOR:
+            model.graph.MergeFromString(bytes(view[start:last]))
+            continue
+        _, span, raw = _initializer(view, first, last)
+        rest = bytes(view[first:raw]) + bytes(view[span.end : last])
+        tensor = TensorProto.FromString(rest)
+        if not empty(tensor):
+            tensor = TensorProto.FromString(bytes(view[first:last]))
+        model.graph.initializer.append(tensor)
+    return model
 
 
 def same(one: Bytes, other: Bytes) -> bool:
@@ -76,22 +93,31 @@ def patched(content: Bytes, spans: Mapping[str, Span], new: Mapping[str, Bytes])
     return [*pieces, content[at:]]
 
 
-def _initializer(view: memoryview, start: int, stop: int) -> tuple[str, Span]:
-    name, begin, end, dtype = "", 0, 0, 0
-    for number, first, last in _fields(view, start, stop):
+def _in_graph(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of the file's graph."""
+    for number, _, begin, end in _fields(view, 0, len(view)):
+        if number == GRAPH:
+            yield from _fields(view, begin, end)
+
+
+def _initializer(view: memoryview, start: int, stop: int) -> tuple[str, Span, int]:
+    """Name, span, and where the field of its content begins."""
+    name, begin, end, dtype, raw = "", stop, stop, 0, stop
+    for number, at, first, last in _fields(view, start, stop):
         if number == NAME:
             name = bytes(view[first:last]).decode()
         elif number == RAW:
-            begin, end = first, last
+            begin, end, raw = first, last, at
         elif number == DTYPE:
             dtype = _varint(view, first)[0]
-    return name, Span(begin, end, dtype)
+    return name, Span(begin, end, dtype), raw
 
 
-def _fields(view: memoryview, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Field number, first byte of what it holds, byte behind it (of a varint: its own bytes)."""
+def _fields(view: memoryview, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Field number, where the field begins, what it holds (of a varint: its own bytes), its end."""
     at = start
     while at < stop:
+        field = at
         tag, at = _varint(view, at)
         begin = at
         match tag & 7:
@@ -102,7 +128,7 @@ def _fields(view: memoryview, start: int, stop: int) -> Iterator[tuple[int, int,
                 at = begin + length
             case kind:
                 at += 8 if kind == 1 else 4
-        yield tag >> 3, begin, at
+        yield tag >> 3, field, begin, at
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:

@@ -53,10 +53,14 @@ def engine_for(bundle: Bundle, model: HeartBeat) -> Engine:
     if (precision := bundle.manifest.precision) != "fp32":
         read = RoundedBundle(bundle.path, bundle.manifest)
         name += f", every value rounded to {precision}"
-    large = sum(spec.bytes for spec in bundle.manifest.graphs.values()) > LARGE
-    engine = (_OneGraph if large else OnnxRuntimeEngine).open(read)
+    engine = (_OneGraph if is_large(bundle) else OnnxRuntimeEngine).open(read)
     engine.name = name
     return engine
+
+
+def is_large(bundle: Bundle) -> bool:
+    """Whether memory and a model call are what a gate has to spare."""
+    return sum(spec.bytes for spec in bundle.manifest.graphs.values()) > LARGE
 
 
 class _OneGraph(OnnxRuntimeEngine):
