@@ -3,8 +3,9 @@
 `EchoCodec` is ours and small. Its latents hold anatomy and brightness only; speckle is made by the
 decoder from texture noise that travels with the tissue (heartbeat_fast/speckle.py). L1 alone would
 blur speckle away, because the latents cannot say which grain is where; a decoder that is told the
-scatterers can. `KLCodec` is Stable Diffusion's. Legend: N frames, C channels, H W pixels, h w
-latents.
+scatterers can. `KLCodec` is Stable Diffusion's; `SmallKLCodec` has its encoder and a decoder of a
+twentieth of its work. Both keep speckle in the latents and draw without noise. Legend: N frames, C
+channels, H W pixels, h w latents.
 """
 
 from typing import Any
@@ -19,7 +20,13 @@ FILTERS, SPREAD = 8, 5  # steered filters, their width in blocks of 2 pixels
 
 
 class Codec(nn.Module):
-    """Frames (N, 1, H, W) in [0, 1] to latents (N, C, h, w) of unit deviation, and back."""
+    """Frames (N, 1, H, W) in [0, 1] to latents (N, C, h, w) of unit deviation, and back.
+
+    noisy: whether `paint` makes its grain from the noise. Where it does not, equal latents give
+    equal frames, and nothing flickers that does not move in the latents.
+    """
+
+    noisy = False
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames → latents."""
@@ -27,12 +34,22 @@ class Codec(nn.Module):
 
     def decode(self, z: Tensor, noise: Tensor) -> Tensor:
         """Latents and texture noise (N, 2, H, W) → frames."""
+        return self.paint(self.raw(z), noise).clamp(0, 1)
+
+    def raw(self, z: Tensor) -> Tensor:
+        """Latents of unit deviation as the decoder takes them."""
+        return z
+
+    def paint(self, raw: Tensor, noise: Tensor) -> Tensor:
+        """What the decoder makes of raw latents: frames not yet held to [0, 1]."""
         raise NotImplementedError
 
 
 def build_codec(config: CodecConfig) -> Codec:
     """The codec that a config names."""
-    return EchoCodec(config) if config.kind == "echo" else KLCodec(config)
+    if config.kind == "echo":
+        return EchoCodec(config)
+    return SmallKLCodec(config) if config.decoder_widths else KLCodec(config)
 
 
 class Residual(nn.Module):
@@ -119,6 +136,7 @@ def _position(z: Tensor) -> Tensor:
 class EchoCodec(Codec):
     """Encoder, decoder and the latents' mean and deviation (set once, after training)."""
 
+    noisy = True
     mean: Tensor
     deviation: Tensor
 
@@ -133,9 +151,13 @@ class EchoCodec(Codec):
         """Grey frames (N, 1, H, W) in [0, 1] → latents (N, C, H/8, W/8) of unit deviation."""
         return (self.encoder(frames) - self.mean) / self.deviation
 
-    def decode(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, C, h, w), texture noise (N, 2, 8h, 8w) → frames (N, 1, 8h, 8w)."""
-        return self.decoder(z * self.deviation + self.mean, noise).clamp(0, 1)
+    def raw(self, z: Tensor) -> Tensor:
+        """With the deviation and mean they were divided by and lost."""
+        return z * self.deviation + self.mean
+
+    def paint(self, raw: Tensor, noise: Tensor) -> Tensor:
+        """Raw latents (N, C, h, w), texture noise (N, 2, 8h, 8w) → frames (N, 1, 8h, 8w)."""
+        return self.decoder(raw, noise)
 
 
 class KLCodec(Codec):
@@ -143,26 +165,75 @@ class KLCodec(Codec):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        from diffusers import AutoencoderKL
-
-        levels = len(config.widths)
         self.scale = config.scale
-        self.vae: Any = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=config.widths,
-            layers_per_block=2,
-            latent_channels=config.latent_channels,
-            sample_size=512,
-            scaling_factor=config.scale,
-        )
+        self.vae = _autoencoder_kl(config)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Grey frames (N, 1, H, W) in [0, 1] → latents (N, C, H/8, W/8): the posterior's mode."""
         rgb = frames.expand(-1, 3, -1, -1) * 2 - 1
         return self.vae.encode(rgb).latent_dist.mode() * self.scale
 
-    def decode(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, C, h, w) → grey frames (N, 1, 8h, 8w) in [0, 1]; `noise` is not used."""
-        rgb = self.vae.decode(z / self.scale).sample
-        return (rgb.mean(1, keepdim=True) / 2 + 0.5).clamp(0, 1)
+    def paint(self, raw: Tensor, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) → grey frames (N, 1, 8h, 8w); `noise` is not used."""
+        rgb = self.vae.decode(raw / self.scale).sample
+        return rgb.mean(1, keepdim=True) / 2 + 0.5
+
+
+class SmallDecoder(Codec):
+    """TAESD's decoder for grey frames; it only decodes.
+
+    It takes latents of unit deviation, as TAESD does. Convolutions are all it has, without norms or
+    attention: a pixel cannot change with what lies outside their reach.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.decoder = small_decoder(channels, widths)
+
+    def paint(self, raw: Tensor, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) → grey frames (N, 1, 8h, 8w); `noise` is not used."""
+        return self.decoder(raw) / 2 + 0.5
+
+
+class SmallKLCodec(SmallDecoder):
+    """AutoencoderKL's encoder, and a small decoder distilled from its own."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__(config.latent_channels, config.decoder_widths)
+        self.scale = config.scale
+        vae = _autoencoder_kl(config)
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """As KLCodec's."""
+        rgb = frames.expand(-1, 3, -1, -1) * 2 - 1
+        return self.quant_conv(self.encoder(rgb)).chunk(2, dim=1)[0] * self.scale
+
+
+def small_decoder(channels: int, widths: tuple[int, ...], colours: int = 1) -> Any:
+    """diffusers' DecoderTiny, TAESD's network: latents (N, C, h, w) → (N, colours, 8h, 8w) in
+    [−1, 1]. widths: four equal ones, one for each size of the picture."""
+    from diffusers import AutoencoderTiny
+
+    whole: Any = AutoencoderTiny(
+        latent_channels=channels,
+        out_channels=colours,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+    )
+    return whole.decoder
+
+
+def _autoencoder_kl(config: CodecConfig) -> Any:
+    from diffusers import AutoencoderKL
+
+    levels = len(config.widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.widths,
+        layers_per_block=2,
+        latent_channels=config.latent_channels,
+        sample_size=512,
+        scaling_factor=config.scale,
+    )

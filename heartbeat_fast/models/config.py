@@ -89,8 +89,17 @@ class CodecConfig:
     latent_channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 512)  # finest first
     scale: float = 0.18215  # latents times this have unit deviation
-    # Of the decoder where it is narrower than the encoder (a distilled one), else empty.
+    # Of a distilled decoder: "echo", three, finest first; "kl", four equal ones (TAESD's network).
     decoder_widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.decoder_widths:
+            return
+        levels = 3 if self.kind == "echo" else 4
+        if len(self.decoder_widths) != levels or min(self.decoder_widths) < 1:
+            raise ConfigError(f"decoder_widths: {self.decoder_widths} came; wanted {levels} widths")
+        if self.kind == "kl" and len(set(self.decoder_widths)) > 1:
+            raise ConfigError(f"decoder_widths: {self.decoder_widths} came; wanted four equal ones")
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def _part_config(config: HeartBeatConfig, name: str, part: nn.Module) -> dict[st
     """config.json of a part: transformers' and diffusers' own where the class is theirs."""
     if name in TRANSFORMERS:
         return part.config.to_dict()  # type: ignore[union-attr, operator]
-    if name == "vae" and config.codec.kind == "kl":
+    if type(part).__name__ == "AutoencoderKL":
         # Without its notes to itself: one is a list made of a set, another order in every process.
         told = {k: v for k, v in part.config.items() if k[0] != "_"}  # type: ignore[union-attr, operator]
         return {"_class_name": "AutoencoderKL", **told}

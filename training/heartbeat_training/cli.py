@@ -27,6 +27,7 @@ COMMANDS = {
     "stage2": "stages",
     "student": "stages",
     "decoder": "stages",
+    "small-decoder": "small_decoder",
     "cmr": "stages",
     "all": "stages",
     "data": "data",

@@ -74,13 +74,15 @@ def _generate(stage: DiffusionStage, clip: int) -> NDArray[np.float32]:
         num_train_timesteps=config.steps,
     )
     table = probe("dpmpp_2m", solver, STEPS)
-    with torch.autocast("cpu", torch.bfloat16):
-        local, text, image = encoded(model, stage.conditions(np.array([clip]), None, given(clip)))
+    place = next(model.parameters()).device
+    conditions = stage.conditions(np.array([clip]), None, given(clip))
+    with torch.autocast(place.type, torch.bfloat16):
+        local, text, image = encoded(model, {k: v.to(place) for k, v in conditions.items()})
 
         def denoise(z: NDArray[np.float32], i: int) -> NDArray[np.float32]:
-            t = torch.tensor([int(table.timesteps[i])])
-            out = model.denoiser(torch.from_numpy(z), t, local, text, image, True)
-            return np.asarray(out.float().numpy())
+            t = torch.tensor([int(table.timesteps[i])], device=place)
+            out = model.denoiser(torch.from_numpy(z).to(place), t, local, text, image, True)
+            return np.asarray(out.float().cpu().numpy())
 
         noise = start(model, clip, stage.latents.shape[1:]).numpy()
         return sampler.sample(table, denoise, noise)[0]

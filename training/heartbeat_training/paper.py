@@ -61,8 +61,11 @@ def learned(
     stage1: the UNet without its temporal layers, the adapter, the encoders of sketch, mask and
     valve, and the EF token, which the paper has not. stage2: the temporal layers, the flow encoder
     and, by the switch, cross-attention. cmr: the whole UNet and the mask encoder; which the paper
-    tunes there is not known, and the appearance of MR asks for the spatial weights.
+    tunes there is not known, and the appearance of MR asks for the spatial weights. student, ours:
+    the whole UNet.
     """
+    if stage == "student":
+        return {k: p for k, p in model.named_parameters() if k.startswith("denoiser.")}
     if stage != "cmr":
         return stage_parameters(model, int(stage[-1]), train_cross_attention)
     return {k: p for k, p in model.named_parameters() if k.startswith(("denoiser.", "mask."))}

@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     from heartbeat_training.memory import MemoryPlan
 
 HELP = "memory and work of a stage of base, by arithmetic: which micro-batch fits the GPU"
-BATCHES = {"stage1": 64, "stage2": 16, "cmr": 16}
+BATCHES = {"stage1": 64, "stage2": 16, "cmr": 16, "student": 16}
 EXAMPLES = {"stage1": 793 * 16, "stage2": 793, "cmr": 50}  # the paper's training data
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage, the machine and the way to train on it."""
     parser.add_argument("--preset", choices=["base"], default="base")
-    parser.add_argument("--stage", choices=["1", "2", "cmr"], default="2")
+    parser.add_argument("--stage", choices=["1", "2", "cmr", "student"], default="2")
     parser.add_argument("--batch", type=int, help="the paper's: 64 in stage 1, 16 in stage 2")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpu-memory", type=float, default=48.0, metavar="GIB")
@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from heartbeat_fast.models.config import PRESETS
     from heartbeat_training.memory import Request, plan
-    from heartbeat_training.recipes import PAPER, paper_recipe
 
-    stage = "cmr" if arguments.stage == "cmr" else f"stage{arguments.stage}"
+    stage = f"stage{arguments.stage}" if arguments.stage in ("1", "2") else arguments.stage
     request = Request(
         stage=stage,
         batch=arguments.batch or BATCHES[stage],
@@ -54,21 +53,37 @@ def run(arguments: argparse.Namespace) -> int:
         micro_batch=arguments.micro_batch,
     )
     found = plan(PRESETS[arguments.preset], request)
-    recipe = paper_recipe(PAPER[stage], arguments.examples or EXAMPLES[stage])
-    steps = recipe.published.epochs * -(-recipe.examples // request.batch)
-    hours = steps * found.step_flop / (arguments.tflops * 1e12) / 3600
+    steps, of = _steps(stage, request.batch, arguments.examples)
+    flop = found.step_flop
+    if stage == "student":
+        from heartbeat_training.stage_student import BEFORE
+
+        flop += BEFORE * found.row_flop * request.batch
+    hours = steps * flop / (arguments.tflops * 1e12) / 3600
     if arguments.json:
         estimate = {"steps": steps, "assumed_tflops": arguments.tflops, "gpu_hours": hours}
         print(json.dumps({**found.as_dict(), "estimate": estimate}, indent=1))
     else:
         print(describe(found))
         print(
-            f"Work: {found.step_flop / 1e12:.0f} TFLOP a step, {steps} steps "
-            f"({recipe.published.epochs} epochs of {recipe.examples}). At an assumed "
+            f"Work: {flop / 1e12:.0f} TFLOP a step, {steps} steps{of}. At an assumed "
             f"{arguments.tflops:g} TFLOP/s per GPU that is {hours:.0f} GPU-hours: arithmetic, "
             "not a measurement."
         )
     return 0 if found.fits else 1
+
+
+def _steps(stage: str, batch: int, examples: int | None) -> tuple[int, str]:
+    """How many steps a stage has, and what of."""
+    from heartbeat_training.recipes import PAPER, paper_recipe
+
+    if stage == "student":
+        from heartbeat_training.few_steps import BASE
+
+        return BASE.student.steps, ""
+    recipe = paper_recipe(PAPER[stage], examples or EXAMPLES[stage])
+    epochs = recipe.published.epochs
+    return epochs * -(-recipe.examples // batch), f" ({epochs} epochs of {recipe.examples})"
 
 
 def describe(plan: "MemoryPlan") -> str:

@@ -19,8 +19,8 @@ HELPS = {
     "texture": "train its decoder alone, for speckle; on real data the last stage",
     "stage1": "train the denoiser on single frames",
     "stage2": "train what sees time, on clips",
-    "student": "distil the denoiser to 1, 2 and 4 steps",
-    "decoder": "distil a smaller decoder",
+    "student": "distil the denoiser to 1, 2 and 4 steps (base too: from stage 2 or --init)",
+    "decoder": "distil a smaller decoder (base too, of Stable Diffusion's)",
     "cmr": "tune an echo model on a few short-axis volumes, mask only (base)",
     "all": "the four in turn; base: stage1 and stage2",
 }
@@ -53,6 +53,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     base = parser.add_argument_group("base (docs/weights.md)")
     base.add_argument("--sd15", type=Path, metavar="PATH", help="Stable Diffusion 1.5")
     base.add_argument("--medsam", type=Path, metavar="PATH", help="MedSAM ViT-B")
+    base.add_argument(
+        "--taesd", type=Path, metavar="PATH", help="decoder: begin as this one (docs/weights.md)"
+    )
+    base.add_argument(
+        "--steps", type=int, metavar="N", help="student, decoder: instead of 8000 and 20000"
+    )
     base.add_argument("--epochs", type=int, metavar="N", help="instead of the paper's 200")
     hardware.add_options(parser)
 
@@ -96,12 +102,15 @@ def _run_paper(arguments: argparse.Namespace, data: "RealData | None") -> None:
     from heartbeat_training.paper_run import run_paper_stage
     from heartbeat_training.recipes import PAPER
 
+    if arguments.command in ("student", "decoder"):
+        _run_fast(arguments, data)
+        return
     if data is None:
         raise HeartBeatError("base is trained on real data: give --data DIR")
     if arguments.command not in (*PAPER, "all"):
         raise HeartBeatError(
             f"{arguments.command}: base's codec is Stable Diffusion's, and frozen; wanted "
-            f"{', '.join(PAPER)} or all"
+            f"{', '.join(PAPER)}, student, decoder or all"
         )
 
     def start() -> tuple[HeartBeat, Tokenizer]:
@@ -121,3 +130,24 @@ def _run_paper(arguments: argparse.Namespace, data: "RealData | None") -> None:
         )
         chosen = hardware.from_options(arguments)
         run_paper_stage(stage, arguments.folder, data, published, start, chosen)
+
+
+def _run_fast(arguments: argparse.Namespace, data: "RealData | None") -> None:
+    """Base's student, or its small decoder."""
+    from heartbeat_training.few_steps import BASE
+    from heartbeat_training.paper_run import run_fast_stage
+
+    recipes = BASE
+    if arguments.steps:
+        stage = arguments.command
+        shorter = replace(getattr(BASE, stage), steps=arguments.steps)
+        recipes = replace(BASE, **{stage: shorter})
+    run_fast_stage(
+        arguments.command,
+        arguments.folder,
+        data,
+        recipes,
+        teacher=arguments.init,
+        start=arguments.taesd,
+        hardware=hardware.from_options(arguments),
+    )
