@@ -92,9 +92,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {key: opened.read(spec) for key, spec in named.items()}
 
 
+@pytest.mark.usefixtures("exported")
 def test_new_weights_make_the_clip_of_a_full_export(
     bundle: Bundle, nano_model: HeartBeat, nano_tokenizer: Tokenizer, save: Save, tmp_path: Path
 ) -> None:
+    """With graphs traced once (test_rebuild_drill.py traces them anew, for a trained model)."""
     model = trained(nano_model, "denoiser", "flow")
     before = clip(bundle.path)
     report = rebuild(bundle.path, save(model))
