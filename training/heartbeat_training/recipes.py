@@ -55,9 +55,9 @@ PLANS = {
         texture=Recipe(steps=800, batch=8, lr=5e-4, warmup=50, ema=0.99),
         stage1=Recipe(steps=1600, batch=32, lr=1e-3, warmup=150, ema=0.998),
         stage2=Recipe(steps=1000, batch=3, lr=5e-4, warmup=50, ema=0.99),
-        student=Recipe(steps=1000, batch=3, lr=3e-4, warmup=50, ema=0.99),
-        decoder=Recipe(steps=1600, batch=8, lr=2e-3, warmup=50, ema=0.99),
-        ends=600,
+        student=Recipe(steps=2000, batch=3, lr=3e-4, warmup=50, ema=0.99),
+        decoder=Recipe(steps=3200, batch=8, lr=2e-3, warmup=50, ema=0.99),
+        ends=900,
     ),
     # Real patients (real_data.py): `clips` counts the changed copies of each. About an hour on two
     # CPU cores, from the phantom-trained model or from nothing.
