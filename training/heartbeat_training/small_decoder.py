@@ -135,7 +135,8 @@ def judge(
             row[f"spectrum_gap_{name}"] = float(np.abs(gaps).mean())
             row[f"spectrum_gaps_{name}"] = gaps.tolist()
             for figure in ("speckle", "flicker", "travel"):
-                row[f"{figure}_share_{name}"] = both[1][figure] / yardstick[figure]
+                ours, theirs = both[1][figure], yardstick[figure]
+                row[f"{figure}_share_{name}"] = ours / theirs if theirs else float("nan")
         rows.append(row)
         tick()
     return rows
@@ -180,8 +181,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             mean, low, high = mean_interval(np.array(values), patients)
             found[name] = {"mean": mean, "low": low, "high": high}
         elif isinstance(value, list):
-            worst = np.nanmax(np.abs(np.nanmean(np.array(values, float), 0)))
-            found[name.replace("gaps", "worst")] = {"mean": float(worst)}
+            known = np.array([v for v in values if np.isfinite(v).all()])
+            worst = float(np.abs(known.mean(0)).max()) if len(known) else float("nan")
+            found[name.replace("gaps", "worst")] = {"mean": worst}
     return found
 
 
