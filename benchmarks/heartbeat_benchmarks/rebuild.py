@@ -171,9 +171,10 @@ def markdown(result: dict[str, Any]) -> str:
     if "reload_s" in s:
         rows.append(["a running generator's switch", results.number(s["reload_s"], 2)])
     moved = f"{work['moved']['parameters'] / 1e6:.1f} M numbers"
+    runs = "one rebuild" if work["runs"] == 1 else f"{work['runs']} rebuilds, there and back,"
     return (
         f"{results.markdown(['s', work['model']], rows)}\n\n**{s['ratio']:.1f} times** faster than "
-        f"the full export: {work['runs']} rebuilds to moved weights and back ({moved}, what stage "
+        f"the full export: {runs} to moved weights ({moved}, what stage "
         f"{work['stage']} trains) on {result['fingerprint']['machine']['cores']} cores."
     )
 
