@@ -143,15 +143,16 @@ class Clip:
             np.savez_compressed(file, **arrays)
 
 
-def writable(path: str | Path) -> Path:
-    """The path, if `Clip.save` knows its suffix: ask before the work, not after it.
+def writable(path: str | Path, suffixes: Sequence[str] = ()) -> Path:
+    """The path, if `Clip.save` (or what writes only these suffixes) can: ask before the work.
 
     Raises:
         FileError: unknown suffix.
     """
     path = Path(path)
-    if _suffix(path) not in SUFFIXES:
-        raise FileError(f"{path}: unknown suffix; wanted one of {', '.join(SUFFIXES)}")
+    wanted = suffixes or SUFFIXES
+    if _suffix(path) not in wanted:
+        raise FileError(f"{path}: unknown suffix; wanted one of {', '.join(wanted)}")
     return path
 
 
@@ -173,9 +174,7 @@ def save_images(
     Raises:
         FileError, MissingDependency: as `Clip.save`.
     """
-    path = writable(path)
-    if _suffix(path) not in _WRITERS:
-        raise FileError(f"{path}: pictures came; wanted {', '.join(_WRITERS)}")
+    path = writable(path, PICTURES)
     drawn = [marked(image) for image in images] if mark else list(images)
     with atomic(path) as temporary:
         _WRITERS[path.suffix.lower()](temporary, drawn, fps, note)

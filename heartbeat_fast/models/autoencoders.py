@@ -19,13 +19,18 @@ from heartbeat_fast.files import atomic
 from heartbeat_fast.models.checkpoints import faults, land, raise_for, rename, vae_name
 from heartbeat_fast.models.codec import Codec, KLCodec, small_decoder
 from heartbeat_fast.models.config import CodecConfig, ConfigError, from_dict
-from heartbeat_fast.models.weight_files import TORCH_FILES, CheckpointError, read, read_any
+from heartbeat_fast.models.weight_files import (
+    TORCH_FILES,
+    CheckpointError,
+    read,
+    read_any,
+    read_json,
+)
 
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", *TORCH_FILES)
 FILES = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
 LAST = "layers.18."  # of the decoder: the convolution to colours
-CONFIG_BYTES = 2**20
 
 
 class PooledBlock(nn.Module):
@@ -93,7 +98,7 @@ def open_autoencoder(folder: str | Path) -> Codec:
     folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     if not (folder / "config.json").is_file():
         return _tiny(_two_files(folder), folder)
-    told = _config(folder)
+    told = read_json(folder / "config.json")
     if told.get("_class_name") == "AutoencoderKL":
         return _kl(told, folder)
     return _tiny(_stored(folder), folder)
@@ -220,19 +225,3 @@ def _stored(folder: Path) -> State:
     """The tensors of a diffusers folder."""
     files = [folder / name for name in FILES]
     return read(next((file for file in files if file.is_file()), files[0]))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json, of sane size."""
-    path = folder / "config.json"
-    try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise CheckpointError(f"{path}: larger than a configuration can be")
-        told = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(told, dict):
-        raise CheckpointError(f"{path}: wanted a JSON object")
-    return told

@@ -29,7 +29,7 @@ from heartbeat_fast.models.codec import build_codec
 from heartbeat_fast.models.conditioning import LOCAL_INPUTS, Conditioning
 from heartbeat_fast.models.config import HeartBeatConfig, from_dict, to_dict
 from heartbeat_fast.models.denoiser import Denoiser
-from heartbeat_fast.models.weight_files import Unfilled
+from heartbeat_fast.models.weight_files import Unfilled, read_json
 
 INDEX = "model_index.json"
 TRANSFORMERS = ("text_encoder", "image_encoder")  # saved as that library saves
@@ -133,7 +133,7 @@ class HeartBeat(Conditioning):
                 mis-shaped (all are listed).
         """
         folder = Path(folder)
-        config = from_dict(HeartBeatConfig, _read_json(folder / INDEX).get("config", {}))
+        config = from_dict(HeartBeatConfig, read_json(folder / INDEX).get("config", {}))
         states = {}
         # Shapes are compared on the meta device first, so a config cannot ask for more memory than
         # the weight files have.
@@ -142,7 +142,7 @@ class HeartBeat(Conditioning):
         found: list[str] = []
         for name, part in parts.items():
             if name not in TRANSFORMERS:
-                stored = _read_json(folder / name / "config.json")
+                stored = read_json(folder / name / "config.json")
                 if stored.get("_class_name") == "EchoCodec":  # folders of earlier releases lack it
                     stored.setdefault("decoder_widths", [])
                 stored = {k: v for k, v in stored.items() if k[0] != "_" or k == "_class_name"}
@@ -195,25 +195,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of sane size.
-
-    Raises:
-        CheckpointError: missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > 2**20:
-            raise CheckpointError(f"{path}: larger than a configuration can be")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: missing or not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: wanted a JSON object")
-    return content
 
 
 def stage_parameters(

@@ -5,6 +5,7 @@ A torch file is a pickle, and a pickle can be a program. What is published in th
 everything else is refused with the way out.
 """
 
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -128,3 +129,22 @@ def _stored_bytes(path: Path) -> int:
             f"{path}: unpacks to {size} bytes, more than the file; fetch it again"
         )
     return size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of sane size.
+
+    Raises:
+        CheckpointError: missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > 2**20:
+            raise CheckpointError(f"{path}: larger than a configuration can be")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: missing or not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: wanted a JSON object")
+    return content

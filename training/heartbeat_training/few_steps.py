@@ -28,8 +28,8 @@ from heartbeat_training.loop import Recipe, train
 from heartbeat_training.processes import main_first, pick_device
 from heartbeat_training.recipes import Plan
 from heartbeat_training.stage_decoder import DecoderStage, smaller
-from heartbeat_training.stage_diffusion import encode_cache
-from heartbeat_training.stage_student import COUNTS, ClipStage, StudentStage
+from heartbeat_training.stage_diffusion import DiffusionStage, encode_cache
+from heartbeat_training.stage_student import COUNTS, StudentStage
 
 STAGES = ("student", "decoder")
 
@@ -132,6 +132,6 @@ def _ends(
     side, channels = source.config.latent, source.config.codec.latent_channels
     shape = (*cache.frames.shape[:2], channels, side, side)
     latents = np.broadcast_to(np.float16(0), shape)  # of encoded ones only the shape matters here
-    made = ClipStage(source, cache, latents, words, batch=1, embeddings=embeddings)
+    made = DiffusionStage(source, cache, latents, words, stage=2, batch=1, embeddings=embeddings)
     source.to(pick_device(hardware.device))
     return generated_latents(made, folder, plan.ends)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.errors import HeartBeatError
@@ -109,11 +108,12 @@ class PaperStage(DiffusionStage):
             tokenizer,
             stage=1 if stage == "stage1" else 2,
             batch=recipe.batch,
+            embeddings=embeddings,
         )
         there = len(cache) * (cache.frames.shape[1] if self.stage == 1 else 1)
         if not 0 < recipe.examples <= there:
             raise HeartBeatError(f"recipe of {recipe.examples} examples; the data hold {there}")
-        self.name, self.recipe, self.embeddings = stage, recipe, embeddings
+        self.name, self.recipe = stage, recipe
         self._learned = learned(model, stage, recipe.published.train_cross_attention)
         train_only(model, self._learned)
         model.train()
@@ -145,16 +145,3 @@ class PaperStage(DiffusionStage):
             return chosen, None
         total = self.cache.frames.shape[1]
         return chosen // total, chosen[:, None] % total
-
-    def conditions(
-        self, clips: NDArray[Any], frames: NDArray[Any] | None, present: NDArray[np.float32]
-    ) -> dict[str, Tensor]:
-        """As DiffusionStage's, with the image's embedding in the image's place."""
-        batch = super().conditions(clips, frames, present)
-        if self.embeddings is None:
-            return batch
-        if "image" not in self.recipe.published.conditions.split():
-            kept = torch.zeros(len(clips), *self.embeddings.shape)
-        else:
-            kept = torch.stack([self.embeddings(self.cache.frames[c, 0]) for c in clips]).float()
-        return batch | {"image": kept}

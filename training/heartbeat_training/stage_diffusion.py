@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heartbeat_fast.conditions import NAMES
-from heartbeat_fast.models.embeddings import fingerprint
+from heartbeat_fast.models.embeddings import EmbeddingCache, fingerprint
 from heartbeat_fast.models.heartbeat import HeartBeat, stage_parameters, train_only
 from heartbeat_fast.text import Tokenizer
 from heartbeat_training.clips import ClipCache
@@ -67,8 +67,10 @@ class DiffusionStage:
         stage: int,
         batch: int,
         train_cross_attention: bool = False,
+        embeddings: EmbeddingCache | None = None,
     ) -> None:
-        self.name = f"stage{stage}"
+        """embeddings: of the image prior, from disk; None where the model's own encoder runs."""
+        self.name, self.embeddings = f"stage{stage}", embeddings
         self.model, self.cache, self.latents = model, cache, latents
         self.stage, self.batch = stage, batch
         self.images_per_row = 1 if stage == 1 else cache.frames.shape[1]
@@ -132,6 +134,16 @@ class DiffusionStage:
         scalars = {"loss": per_clip.mean()}
         return scalars | ({"loss_late": late.mean()} if len(late) else {})
 
+    def _image(self, clips: NDArray[Any]) -> Tensor:
+        """First frames (B, 3, H, W) in [0, 1], or their embeddings: zeros where none is seen."""
+        frames = [self.cache.frames[clip, 0] for clip in clips]
+        if self.embeddings is None:
+            first = torch.from_numpy(np.stack(frames).astype(np.float32) / 255)
+            return first[:, None].expand(-1, 3, -1, -1)
+        if not self._known[:, NAMES.index("image")].any():
+            return torch.zeros(len(clips), *self.embeddings.shape)
+        return torch.stack([self.embeddings(frame) for frame in frames]).float()
+
     def conditions(
         self, clips: NDArray[Any], frames: NDArray[Any] | None, present: NDArray[np.float32]
     ) -> dict[str, Tensor]:
@@ -149,13 +161,12 @@ class DiffusionStage:
         flow = [cache.flow_of(c, f) for c, f in zip(clips, picked, strict=True)]
         if self.stage == 1:  # the flow encoder learns in stage 2
             flow = [np.zeros_like(f) for f in flow]
-        first = grey([cache.frames[c, 0] for c in clips])
         ef = [[(cache.rows[c]["ef"] or 0.0) / 100] for c in clips]
         present = present * self._known[clips]
         return {
             "tokens": torch.from_numpy(self._tokens[clips]),
             "ef": torch.tensor(ef, dtype=torch.float32),
-            "image": first[:, None].expand(-1, 3, -1, -1),
+            "image": self._image(clips),
             "sketch": grey([cache.sketch[c] for c in clips])[:, None],
             "mask": functional.one_hot(labels.long(), 4).permute(0, 1, 4, 2, 3).float(),
             "skeleton": grey([cache.skeleton[c, f] for c, f in zip(clips, picked, strict=True)])[

@@ -35,34 +35,7 @@ CHANCE = (0.3, 0.4, 0.3)  # how often each count is practised
 BEFORE = sum(chance * (count - 1) / 2 for chance, count in zip(CHANCE, COUNTS, strict=True))
 
 
-class ClipStage(DiffusionStage):
-    """Whole clips, with the image prior's embeddings from disk where there are any."""
-
-    def __init__(
-        self,
-        model: HeartBeat,
-        cache: ClipCache,
-        latents: NDArray[Any],
-        tokenizer: Tokenizer,
-        *,
-        batch: int,
-        embeddings: EmbeddingCache | None = None,
-    ) -> None:
-        super().__init__(model, cache, latents, tokenizer, stage=2, batch=batch)
-        self.embeddings = embeddings
-
-    def conditions(
-        self, clips: NDArray[Any], frames: NDArray[Any] | None, present: NDArray[np.float32]
-    ) -> dict[str, Tensor]:
-        """As DiffusionStage's, with the image's embedding in the image's place."""
-        batch = super().conditions(clips, frames, present)
-        if self.embeddings is None:
-            return batch
-        kept = [self.embeddings(self.cache.frames[clip, 0]) for clip in clips]
-        return batch | {"image": torch.stack(kept).float()}
-
-
-class StudentStage(ClipStage):
+class StudentStage(DiffusionStage):
     """The whole denoiser learns; condition encoders and codec stay the teacher's."""
 
     def __init__(
@@ -77,7 +50,9 @@ class StudentStage(ClipStage):
         embeddings: EmbeddingCache | None = None,
     ) -> None:
         """ends: z_T (M, F, C, h, w) of the first M clips (generated.generated_latents)."""
-        super().__init__(model, cache, latents, tokenizer, batch=batch, embeddings=embeddings)
+        super().__init__(
+            model, cache, latents, tokenizer, stage=2, batch=batch, embeddings=embeddings
+        )
         self.name, self.ends = "student", ends
         self._learned = {
             name: p for name, p in model.named_parameters() if name.startswith("denoiser.")

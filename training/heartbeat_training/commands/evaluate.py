@@ -31,12 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Generate, measure, print, write the result file."""
     from rich.console import Console
 
-    from heartbeat_fast.clip import writable
+    from heartbeat_fast.clip import PICTURES, writable
     from heartbeat_fast.conditions import check_names
     from heartbeat_training.evaluation import paper, pictures, report
 
     if arguments.pictures:
-        writable(arguments.pictures)
+        writable(arguments.pictures, PICTURES)
 
     asked = arguments.conditions
     names = check_names(n.strip() for n in asked.split(",")) if asked else paper.SIX
