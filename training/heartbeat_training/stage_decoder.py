@@ -91,7 +91,11 @@ class DecoderStage:
         return {"z": z, "jitter": jitter, "noise": noise, "shift": shift}
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """L1 + L1 of 8×8 means + difference of the mean power per frequency, in logarithms."""
+        """L1 + L1 of 8×8 means + difference of the mean power per frequency, in logarithms.
+
+        Where the latents hold the speckle, of 8×8 deviations too: a spectrum is a mean over places,
+        and a student that cannot yet draw every grain keeps it with a few bright ones.
+        """
         raw, noise = self.teacher.raw(batch["z"]) + batch["jitter"], batch["noise"]
         with torch.no_grad():
             wanted = self.teacher.paint(raw, noise).float().clamp(0, 1)
@@ -101,7 +105,12 @@ class DecoderStage:
         shift = tuple(int(v) for v in batch["shift"][0])
         power = [(amplitudes(x, shift) ** 2).mean(1) + 1e-3 for x in (made, wanted)]
         band = (power[0].log() - power[1].log()).abs().mean()
-        return {"loss": l1 + low + BAND * band, "l1": l1, "low": low, "band": band}
+        terms = {"l1": l1, "low": low, "band": band}
+        total = l1 + low + BAND * band
+        if not self.teacher.noisy:
+            terms["deviation"] = (_deviation(made) - _deviation(wanted)).abs().mean()
+            total = total + terms["deviation"]
+        return {"loss": total, **terms}
 
     @torch.no_grad()
     def picture(self, step: int) -> NDArray[np.uint8]:
@@ -113,3 +122,10 @@ class DecoderStage:
         made = [codec.decode(z, noise) for codec in (self.teacher, self.student)]
         wide = [torch.cat(list(x[:, 0]), 1) for x in made]
         return (torch.cat(wide) * 255).round().byte().cpu().numpy()
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation of every 8×8 window of (N, 1, H, W), windows every 4 pixels."""
+    mean = F.avg_pool2d(x, 8, 4)
+    variance = F.avg_pool2d(x * x, 8, 4) - mean * mean
+    return (variance.clamp_min(0) + 1e-5).sqrt()
