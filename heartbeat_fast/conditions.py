@@ -104,8 +104,10 @@ class Conditions:
             np.equal(values["mask"][:, None], _LABELS, out=out["mask"][0], casting="unsafe")
         if "skeleton" in values:
             out["skeleton"][0, :, 0] = values["skeleton"]
-        for name in {"image", "sketch", "flow"} & values.keys():
+        for name in {"image", "sketch"} & values.keys():
             out[name][0] = values[name]
+        if "flow" in values:  # its own array, 8 MB, not a copy: graphs only read
+            out["flow"] = values["flow"][None]
         out["present"] = np.array([[name in values for name in NAMES]], np.float32)
         return out
 

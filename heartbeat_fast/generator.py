@@ -273,9 +273,11 @@ class Generator:
         manifest = self.bundle.manifest
         rng = np.random.Generator(np.random.PCG64(seed))
         shared = np.float32(manifest.shared_start)
-        own = rng.standard_normal((1, frames or manifest.frames, *manifest.latent), np.float32)
-        common = rng.standard_normal((1, 1, *manifest.latent), np.float32)
-        return np.sqrt(shared) * common + np.sqrt(1 - shared) * own
+        shape = (1, frames or manifest.frames, *manifest.latent)
+        common = np.sqrt(shared) * rng.standard_normal((1, 1, *manifest.latent), np.float32)
+        if shared == 1:
+            return np.broadcast_to(common, shape)
+        return common + np.sqrt(1 - shared) * rng.standard_normal(shape, np.float32)
 
     def _keep(self, graph: str, inputs: dict[str, Any]) -> dict[str, Any]:
         """A graph's outputs, left on the engine's device where it can: only graphs take them."""

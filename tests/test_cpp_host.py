@@ -121,15 +121,15 @@ def test_noise_to_the_bit(host: Path, nano_bundle: Bundle, tmp_path: Path) -> No
 
     chance = np.random.Generator(np.random.PCG64(SEED))
     shape = (1, manifest.frames, *manifest.latent)
-    own = chance.standard_normal(shape, np.float32)
     common = chance.standard_normal((1, 1, *manifest.latent), np.float32)
+    own = chance.standard_normal(shape, np.float32)
     shared = np.float32(manifest.shared_start)
     np.testing.assert_array_equal(
         np.load(noise), np.sqrt(shared) * common + np.sqrt(1 - shared) * own
     )
     stream = int(np.random.SeedSequence([SEED, 1]).generate_state(1)[0])
     wanted = texture(conditions.flow, manifest.frames, manifest.size, stream)
-    # The sums are whole numbers, the same on every host; their local means are not.
+    # The sums are whole numbers, the same on every host; their square roots are rounded.
     np.testing.assert_allclose(np.load(grain), wanted, atol=5e-6)
 
 

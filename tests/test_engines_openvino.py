@@ -170,6 +170,28 @@ def test_a_graph_that_cannot_be_read_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_group_norms_in_one_go_are_the_same_norms(nano_bundle: Bundle) -> None:
+    """Every norm of the denoiser is rewritten, and what it puts out stays."""
+    import openvino
+
+    from heartbeat_fast.engines.openvino_rewrites import norms_in_one_go
+
+    core, spec = openvino.Core(), nano_bundle.manifest.graphs["denoise"]
+    chance = np.random.default_rng(3)
+    given = {i.name: chance.standard_normal(i.shape, np.float32) for i in spec.inputs}
+    made = []
+    for rewritten in (False, True):
+        model = core.read_model(nano_bundle.read(spec))
+        names = [node.get_type_name() for node in model.get_ops()]
+        if rewritten:
+            assert norms_in_one_go(model) == names.count("GroupNormalization") > 0
+            names = [node.get_type_name() for node in model.get_ops()]
+            assert "GroupNormalization" not in names
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        made.append(core.compile_model(model, "CPU", exact)(given)["out"])
+    np.testing.assert_allclose(made[1], made[0], atol=1e-5)
+
+
 def test_threads_are_pinned_only_on_a_whole_machine(
     nano_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

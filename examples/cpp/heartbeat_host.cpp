@@ -485,27 +485,28 @@ class Graph {
 };
 
 // --------------------------------------------------- texture noise, carried by scatterers on the flow
-Floats box5(const Floats& image, int size) {
-  Floats rows(image.size()), out(image.size());
+// Sums over the 5x5 neighbours of every pixel, edges repeated.
+std::vector<int64_t> box5(const std::vector<int64_t>& image, int size) {
+  std::vector<int64_t> rows(image.size()), out(image.size());
   const auto edge = [size](int i) { return std::clamp(i, 0, size - 1); };
   for (int y = 0; y < size; ++y)
     for (int x = 0; x < size; ++x)
       for (int d = -2; d <= 2; ++d) rows[y * size + x] += image[edge(y + d) * size + x];
   for (int y = 0; y < size; ++y)
-    for (int x = 0; x < size; ++x) {
+    for (int x = 0; x < size; ++x)
       for (int d = -2; d <= 2; ++d) out[y * size + x] += rows[y * size + edge(x + d)];
-      out[y * size + x] = out[y * size + x] / 5 / 5;
-    }
   return out;
 }
 
 Floats texture(const Floats& flow, int frames, int size, uint64_t seed) {
   Random random(seed);
-  const size_t pixels = static_cast<size_t>(size) * size, scatterers = 2 * pixels;
-  Floats x(scatterers), y(scatterers);
-  for (Floats* axis : {&x, &y})
-    for (float& place : *axis) place = random.uniform() * static_cast<float>(size - 1);
-  const Floats real = random.normals(scatterers), imaginary = random.normals(scatterers);
+  const size_t pixels = static_cast<size_t>(size) * size;
+  // One scatterer anywhere in each cell of a lattice.
+  Floats x(pixels), y(pixels);
+  const float side = static_cast<float>((size - 1.0) / size);
+  for (size_t i = 0; i < pixels; ++i) x[i] = (random.uniform() + static_cast<float>(i % size)) * side;
+  for (size_t i = 0; i < pixels; ++i) y[i] = (random.uniform() + static_cast<float>(i / size)) * side;
+  const Floats real = random.normals(pixels), imaginary = random.normals(pixels);
   Floats out(static_cast<size_t>(frames) * 2 * pixels);
   for (int t = 0; t < frames; ++t) {
     float* frame = &out[static_cast<size_t>(t) * 2 * pixels];
@@ -513,42 +514,39 @@ Floats texture(const Floats& flow, int frames, int size, uint64_t seed) {
       std::copy_n(out.begin(), 2 * pixels, frame);
       continue;
     }
-    // Whole numbers, as in Python: positions to 1/16 pixel, amplitudes to 1/1024, so bilinear weights
+    // Whole numbers, as in Python: positions to 1/16 pixel, amplitudes to 1/4096, so bilinear weights
     // are exact in 1/256 and the sums do not depend on their order.
     std::vector<int64_t> sums[3];  // real, imaginary, weight
     for (auto& sum : sums) sum.assign(pixels, 0);
+    const auto sixteenths = [size](float at) {
+      return static_cast<int>(std::nearbyint(std::clamp(at, -1.0f, static_cast<float>(size)) * 16));
+    };
     const int most = (size - 1) * 16;
-    for (size_t i = 0; i < scatterers; ++i) {
-      if (!(x[i] >= 0 && y[i] >= 0 && x[i] < size && y[i] < size)) continue;
-      const int column = static_cast<int>(x[i] * 16 + 0.5f), row = static_cast<int>(y[i] * 16 + 0.5f);
-      if (column >= most || row >= most) continue;
+    for (size_t i = 0; i < pixels; ++i) {
+      const int column = sixteenths(x[i]), row = sixteenths(y[i]);
+      if (column < 0 || row < 0 || column >= most || row >= most) continue;
       const int fx = column & 15, fy = row & 15;
       const int weight[4] = {(16 - fx) * (16 - fy), fx * (16 - fy), (16 - fx) * fy, fx * fy};
       const size_t cell = static_cast<size_t>(row >> 4) * size + (column >> 4);
       const size_t corner[4] = {cell, cell + 1, cell + size, cell + size + 1};
-      const auto whole = [](float a) { return static_cast<int64_t>(std::nearbyint(a * 1024)); };
+      const auto whole = [](float a) { return static_cast<int64_t>(std::nearbyint(a * 4096)); };
       const int64_t parts[3] = {whole(real[i]), whole(imaginary[i]), 1};
       for (int k = 0; k < 4; ++k)
         for (int part = 0; part < 3; ++part) sums[part][corner[k]] += weight[k] * parts[part];
     }
-    Floats crowd(pixels);
+    const std::vector<int64_t> crowd = box5(sums[2], size);
     for (size_t i = 0; i < pixels; ++i) {
-      frame[i] = static_cast<float>(sums[0][i]) / (256 * 1024);
-      frame[pixels + i] = static_cast<float>(sums[1][i]) / (256 * 1024);
-      crowd[i] = static_cast<float>(sums[2][i]) / 256;
-    }
-    const Floats density = box5(crowd, size);
-    for (size_t i = 0; i < pixels; ++i) {
-      const float scale = std::sqrt(std::max(density[i] * static_cast<float>(4.0 / 9), 0.05f));
-      frame[i] /= scale;
-      frame[pixels + i] /= scale;
+      const float variance = static_cast<float>(crowd[i]) * static_cast<float>(4.0 / 9 / 25 / 256);
+      const float scale = 1.0f / (256 * 4096) / std::sqrt(std::max(variance, 0.05f));
+      frame[i] = static_cast<float>(sums[0][i]) * scale;
+      frame[pixels + i] = static_cast<float>(sums[1][i]) * scale;
     }
     if (t + 1 == frames || flow.empty()) continue;
     const float* motion = &flow[static_cast<size_t>(t) * 2 * pixels];
     const auto nearest = [size](float place) {  // ties go to the even pixel, as in numpy
       return static_cast<size_t>(std::clamp(static_cast<int>(std::nearbyint(place)), 0, size - 1));
     };
-    for (size_t i = 0; i < scatterers; ++i) {
+    for (size_t i = 0; i < pixels; ++i) {
       const size_t here = nearest(y[i]) * size + nearest(x[i]);
       x[i] += motion[here];
       y[i] += motion[pixels + here];
@@ -702,13 +700,13 @@ Tensors conditions(const Options& given, const Json& manifest) {
 // Unit noise, part of its power common to all frames.
 Floats initial_noise(const Shape& shape, double shared, uint64_t seed) {
   Random random(seed);
-  Floats own = random.normals(count(shape));
-  const size_t frame = own.size() / static_cast<size_t>(shape[1]);
-  const Floats common = random.normals(static_cast<int64_t>(frame));
+  const size_t all = static_cast<size_t>(count(shape)), frame = all / static_cast<size_t>(shape[1]);
+  Floats common = random.normals(static_cast<int64_t>(frame)), noise(all);
   const float of_common = std::sqrt(static_cast<float>(shared));
   const float of_own = std::sqrt(1 - static_cast<float>(shared));
-  for (size_t i = 0; i < own.size(); ++i) own[i] = of_common * common[i % frame] + of_own * own[i];
-  return own;
+  const Floats own = shared == 1 ? noise : random.normals(static_cast<int64_t>(all));
+  for (size_t i = 0; i < all; ++i) noise[i] = of_common * common[i % frame] + of_own * own[i];
+  return noise;
 }
 
 void write_clip(const Options& option) {

@@ -19,6 +19,7 @@ from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.engines.base import Arrays, check_inputs, signature
 from heartbeat_fast.engines.cache import EngineCache
 from heartbeat_fast.engines.machine import is_whole, threads
+from heartbeat_fast.engines.openvino_rewrites import REWRITES, norms_in_one_go
 from heartbeat_fast.engines.tensorrt_plugins import refuse
 from heartbeat_fast.errors import EngineError, MissingDependency, optional
 
@@ -161,11 +162,13 @@ class OpenVinoEngine:
             "capabilities": sorted(self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
             "options": options,
             "graph": spec.sha256,
+            "rewrites": REWRITES,
             "int8": QUANTISATION if quantised else 0,
         }
 
         def build() -> bytes:
             model = self._quantised(graph) if quantised else self._core.read_model(content)
+            norms_in_one_go(model)
             blob: io.BytesIO = self._core.compile_model(model, device, options).export_model()
             return blob.getvalue()
 

@@ -203,9 +203,10 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """(M,C,h,w) to (M,C,h,w)."""
         size = x.shape[-2:]
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        # Channels last, then flat: convolutions have them last in memory, so nothing moves.
+        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)
         y = self.transformer_blocks[0](y, step, step.kv[self.index])
-        return x + self.proj_out(y.transpose(1, 2).unflatten(2, size))
+        return x + self.proj_out(y.unflatten(1, size).permute(0, 3, 1, 2))
 
 
 class Downsample(nn.Module):

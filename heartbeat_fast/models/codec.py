@@ -113,16 +113,29 @@ class EchoDecoder(nn.Module):
         x = self.coarse(self.inside(torch.cat([z, _position(z)], 1)))
         x = self.mid(F.pixel_shuffle(self.up1(F.relu(x)), 2))
         x = F.pixel_shuffle(self.up2(F.relu(x)), 2)
-        x = F.relu(self.fine1(torch.cat([x, self.log_envelope(x, noise)], 1)))
+        # fine1 of both side by side, without the copy that would put them there.
+        weight, width = self.fine1.weight, x.shape[1]
+        grain = F.conv2d(self.log_envelope(x, noise), weight[:, width:], padding=1)
+        x = F.relu(F.conv2d(x, weight[:, :width], self.fine1.bias, padding=1) + grain)
         return F.pixel_shuffle(self.out(F.relu(self.fine2(x))), 2)
 
     def log_envelope(self, x: Tensor, noise: Tensor) -> Tensor:
-        """ln of the steered, blurred noise's power for the four pixels of each 2×2 block."""
-        n, _, height, width = noise.shape
-        blocks = F.pixel_unshuffle(noise.reshape(2 * n, 1, height, width), 2)
-        fields = self.filters(blocks).reshape(n, 2, FILTERS, 4, height // 2, width // 2)
-        steered = (fields * self.steer(x)[:, None, :, None]).sum(2)
-        return torch.log(steered.square().sum(1) + 1e-3)
+        """ln of the steered, blurred noise's power for the four pixels of each 2×2 block.
+
+        Σ_k w_k·field_k as a product of equal shapes and a convolution with ones: channels stay the
+        innermost axis, where a sum over an axis of its own had them moved there and back (a third
+        of the decoder's time in OpenVINO).
+        """
+        channel = torch.arange(4 * FILTERS, device=x.device)
+        of_filter, of_pixel = channel // 4, channel % 4
+        bias: Any = self.steer.bias
+        weights = F.conv2d(x, self.steer.weight[of_filter], bias[of_filter])
+        total = (of_pixel == torch.arange(4, device=x.device)[:, None]).to(x.dtype)[..., None, None]
+        blocks = F.pixel_unshuffle(noise, 2)
+        real, imaginary = (
+            F.conv2d(self.filters(part) * weights, total) for part in (blocks[:, :4], blocks[:, 4:])
+        )
+        return torch.log(real.square() + imaginary.square() + 1e-3)
 
 
 def _position(z: Tensor) -> Tensor:
