@@ -270,11 +270,10 @@ class Generator:
     def noise(self, seed: int, frames: int = 0) -> Float:
         """Unit noise (1,F,C,h,w), F the bundle's or `frames`. Part of its power is common to all
         frames: those that start apart each settle on a brightness of their own, and flicker."""
-        manifest = self.bundle.manifest
-        rng = np.random.Generator(np.random.PCG64(seed))
+        manifest, rng = self.bundle.manifest, np.random.Generator(np.random.PCG64(seed))
         shared = np.float32(manifest.shared_start)
-        shape = (1, frames or manifest.frames, *manifest.latent)
         common = np.sqrt(shared) * rng.standard_normal((1, 1, *manifest.latent), np.float32)
+        shape = (1, frames or manifest.frames, *manifest.latent)
         if shared == 1:
             return np.broadcast_to(common, shape)
         return common + np.sqrt(1 - shared) * rng.standard_normal(shape, np.float32)

@@ -197,7 +197,8 @@ class EngineCache:
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())
             check_owned(status)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            # No name at all: another process put the same entry in its place just now.
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise Unsound("not a plain file of one name")
             if not FIXED < status.st_size <= ENTRY_MAX + HEADER_MAX + FIXED:
                 raise Unsound(f"truncated or too large ({status.st_size} bytes)")

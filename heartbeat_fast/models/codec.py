@@ -110,14 +110,18 @@ class EchoDecoder(nn.Module):
         self.out = nn.Conv2d(fine, 4, 3, padding=1)
 
     def forward(self, z: Tensor, noise: Tensor) -> Tensor:
-        x = self.coarse(self.inside(torch.cat([z, _position(z)], 1)))
-        x = self.mid(F.pixel_shuffle(self.up1(F.relu(x)), 2))
-        x = F.pixel_shuffle(self.up2(F.relu(x)), 2)
+        x = self.anatomy(z)
         # fine1 of both side by side, without the copy that would put them there.
         weight, width = self.fine1.weight, x.shape[1]
         grain = F.conv2d(self.log_envelope(x, noise), weight[:, width:], padding=1)
         x = F.relu(F.conv2d(x, weight[:, :width], self.fine1.bias, padding=1) + grain)
         return F.pixel_shuffle(self.out(F.relu(self.fine2(x))), 2)
+
+    def anatomy(self, z: Tensor) -> Tensor:
+        """Features (N, C, 4h, 4w) of everything but grain."""
+        x = self.coarse(self.inside(torch.cat([z, _position(z)], 1)))
+        x = self.mid(F.pixel_shuffle(self.up1(F.relu(x)), 2))
+        return F.pixel_shuffle(self.up2(F.relu(x)), 2)
 
     def log_envelope(self, x: Tensor, noise: Tensor) -> Tensor:
         """ln of the steered, blurred noise's power for the four pixels of each 2×2 block.

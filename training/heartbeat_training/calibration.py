@@ -73,12 +73,6 @@ def _mean_envelope(
     codec: EchoCodec, latents: NDArray[np.float16], noise: torch.Tensor
 ) -> torch.Tensor:
     """Mean of each envelope channel (4,) over some frames."""
-    found: list[torch.Tensor] = []
-
-    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        found.append(inputs[0][:, -ENVELOPES:].mean((0, 2, 3)))
-
-    handle = codec.decoder.fine1.register_forward_pre_hook(look)
-    _decode(codec, latents, noise)
-    handle.remove()
-    return found[0]
+    z = torch.from_numpy(latents.astype(np.float32)).to(noise.device)
+    decoder = codec.decoder
+    return decoder.log_envelope(decoder.anatomy(codec.raw(z)), noise).mean((0, 2, 3))
