@@ -11,10 +11,10 @@ from heartbeat_fast.speckle import (
     Scatterers,
     box5,
     lattice,
-    splat,
     texture,
     whole,
 )
+from heartbeat_training.splat import splat
 
 SIZE, COUNT = 64, 8192
 Four = tuple[Floats, ...]

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.anatomy import Anatomy
-from heartbeat_fast.speckle import PER_PIXEL, splat
 from heartbeat_training.geometry import Map
+from heartbeat_training.splat import PER_PIXEL, splat
 
 AXIAL = 1.05  # point-spread σ in depth samples at 256; the lateral one is Anatomy.beam
 HEADROOM = 25.0  # dB from myocardium to white: walls mid-grey, pericardium bright, blood near black

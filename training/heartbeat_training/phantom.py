@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from heartbeat_fast.anatomy import contraction, sample_anatomy, sway
 from heartbeat_fast.heart import Map, Motion, fetch, move, sample
 from heartbeat_fast.record import Record
-from heartbeat_fast.speckle import PER_PIXEL, splat
 from heartbeat_training.acoustics import (
     Probe,
     clutter_level,
@@ -24,6 +23,7 @@ from heartbeat_training.acoustics import (
     scan_convert,
 )
 from heartbeat_training.geometry import Geometry
+from heartbeat_training.splat import PER_PIXEL, splat
 
 
 def record(seed: int, **options: object) -> Record:
