@@ -5,6 +5,7 @@ takes minutes gets smaller numbers appended (the last option wins), what serves 
 cannot run in a test is listed with its reason, and its options must still be understood.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -215,6 +216,25 @@ def test_servers_serve(command: Command, scratch: Callable[[str], Path]) -> None
             with urllib.request.urlopen(f"http://{host}:{port}/health/live", timeout=30) as answer:
                 assert json.load(answer) == {"status": "live"}
         running.stop(signal.SIGINT)
+        assert running.wait(30) in (0, 130, -signal.SIGINT), running.said()
+    finally:
+        running.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tgkill is Linux's")
+@pytest.mark.parametrize("kind", SERVERS)
+def test_servers_end_when_another_thread_takes_the_signal(
+    kind: str, scratch: Callable[[str], Path]
+) -> None:
+    """The kernel may give Ctrl-C to any thread, and then the main one sleeps on."""
+    running = Running(f"{kind} {SERVERS[kind]}", scratch("serve.md"))
+    try:
+        running.until(r"://[\d.]+:\d+")
+        time.sleep(0.3)  # for the main thread to wait
+        main_thread = running.process.pid
+        thread = max(int(task) for task in os.listdir(f"/proc/{main_thread}/task"))
+        assert thread != main_thread
+        assert not ctypes.CDLL(None).tgkill(main_thread, thread, signal.SIGINT)
         assert running.wait(30) in (0, 130, -signal.SIGINT), running.said()
     finally:
         running.stop()

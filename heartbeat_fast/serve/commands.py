@@ -57,8 +57,10 @@ def _igtl(options: argparse.Namespace) -> int:
         IgtlServer(session, options.host, options.port, options.rate) as server,
     ):
         print(f"igtl://{server.host}:{server.port} (synthetic, not for diagnosis)", flush=True)
+        # Short sleeps: Ctrl-C between Python's look for signals and the system call, or taken by
+        # another thread, does not end a sleep (2 of 60 hung when it came with the first line).
         while True:
-            time.sleep(3600)
+            time.sleep(0.2)
 
 
 def _web(options: argparse.Namespace) -> int:
