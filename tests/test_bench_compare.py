@@ -202,14 +202,26 @@ def test_peers_table(
     plan = peers.Plan(
         bundle=str(nano_bundle.path),
         model=tmp_path / "model",
-        engines=(("onnxruntime", "dpmpp_2m", 2), ("openvino:fp64", "dpmpp_2m", 2)),
+        engines=(
+            peers.Way("onnxruntime", 2),
+            peers.Way("openvino:fp64", 2),
+            peers.Way("onnxruntime", 1, "few_step", "tiny-fast"),
+        ),
         eager_steps=2,
         runs=2,
         only="small",
         probe_sides=(64,),
     )
     result = results.load(results.save("peers", peers.run(plan), tmp_path))
-    eager, fast, absent, small = result["rows"]
+    eager, fast, absent, student, small = result["rows"]
+    assert [row["how"] for row in (eager, fast, student)] == [
+        f"{peers.EAGER}, dpmpp_2m",
+        "onnxruntime fp32, dpmpp_2m",
+        "onnxruntime fp32, few_step",
+    ]
+    assert student["name"] == "HeartBeat tiny-fast (ours)"
+    learnt = sum(p.numel() for p in nano_model.parameters())
+    assert fast["parameters"] == pytest.approx(learnt, rel=0.02)  # and a few moving averages
     assert eager["flop"] > fast["flop"]  # what was hoisted is computed twice
     assert fast["seconds"] > 0
     assert absent["seconds"] is None
@@ -224,5 +236,6 @@ def test_peers_table(
 def test_words_on_the_command_line() -> None:
     assert words(" a, b,") == ("a", "b")
     assert numbers("1,2") == (1, 2)
-    assert way("openvino:bf16:few_step:4") == ("openvino:bf16", "few_step", 4)
-    assert way("auto:20") == ("auto", "dpmpp_2m", 20)
+    assert way("openvino:bf16:ddim:4") == peers.Way("openvino:bf16", 4, "ddim")
+    assert way("auto:20") == peers.Way("auto", 20)
+    assert way("auto:4@tiny-fast") == peers.Way("auto", 4, bundle="tiny-fast")

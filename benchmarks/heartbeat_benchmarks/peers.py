@@ -7,6 +7,8 @@ eager torch, and through each engine. Operations are counted on torch's meta dev
 """
 
 import gc
+import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +31,7 @@ from heartbeat_fast.conditions import NAMES
 from heartbeat_fast.engines.base import open_engine
 from heartbeat_fast.errors import EngineError, HeartBeatError
 from heartbeat_fast.generator import Generator
-from heartbeat_fast.models.config import BASE, PRESETS, HeartBeatConfig
+from heartbeat_fast.models.config import BASE, HeartBeatConfig
 from heartbeat_fast.models.denoiser import Denoiser
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_training.phantom import record
@@ -39,13 +41,23 @@ EAGER = "eager torch, diffusers style"
 
 
 @dataclass(frozen=True)
+class Way:
+    """A row of ours. sampler, bundle: None for the bundle's own and for the plan's."""
+
+    engine: str
+    steps: int
+    sampler: str | None = None
+    bundle: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """engines: of our rows, (engine, sampler, steps). heavy: time the networks of a billion
+    """engines: our rows beside the plain pass in eager torch. heavy: time the networks of a billion
     parameters too, given memory and minutes. passes: timed per network; runs: clips per row."""
 
     bundle: str | None = None
     model: Path = Path(__file__).parents[2] / "heartbeat_fast/bundles/tiny-torch"
-    engines: tuple[tuple[str, str, int], ...] = (("auto", "dpmpp_2m", 20), ("auto", "dpmpp_2m", 4))
+    engines: tuple[Way, ...] = (Way("auto", 20), Way("auto", 4, bundle="tiny-fast"))
     eager_steps: int = 20
     runs: int = needed(0.5)
     passes: int = 3
@@ -136,42 +148,47 @@ def timed(
 
 def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
     """The bundle's own model: plain pass in eager torch, then each engine that runs here."""
-    manifest = bundle.manifest
-    given = record(SEED, frames=manifest.frames, size=manifest.size).conditions(NAMES)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in HeartBeat(PRESETS[manifest.preset]).parameters())
-    graphs = flops.bundle_flop(bundle)
-    ways = [(EAGER, "dpmpp_2m", plan.eager_steps), *plan.engines]
-    for name, sampler, steps in ways:
+    for way in (Way(EAGER, plan.eager_steps), *plan.engines):
+        chosen = Bundle.open(way.bundle) if way.bundle else bundle
+        manifest, graphs = chosen.manifest, flops.bundle_flop(chosen)
+        given = record(SEED, frames=manifest.frames, size=manifest.size).conditions(NAMES)
         row: dict[str, Any] = {
             "name": f"HeartBeat {manifest.name} (ours)",
             "frames": manifest.frames,
             "size": manifest.size,
             "conditions": "all seven",
-            "evaluations": steps,
-            "parameters": parameters,
-            "flop": _flop(graphs, steps, name == EAGER) if graphs else None,
+            "evaluations": way.steps,
+            "parameters": _parameters(chosen),
+            "flop": _flop(graphs, way.steps, way.engine == EAGER) if graphs else None,
             "source": f"bundle {manifest.name}, decode and encoders counted",
             "assumed": "",
         }
         try:
             engine = (
                 PlainEngine(HeartBeat.from_pretrained(plan.model), bundle)
-                if name == EAGER
-                else open_engine(name, bundle)
+                if way.engine == EAGER
+                else open_engine(way.engine, chosen)
             )
         except EngineError as error:
-            yield row | {"how": name, "seconds": None, "why_not": str(error)}
+            yield row | {"how": way.engine, "seconds": None, "why_not": str(error)}
             continue
-        make = Generator(bundle, engine)  # type: ignore[arg-type]
+        make = Generator(chosen, engine)  # type: ignore[arg-type]
         samples = []
         for i in range(-1, plan.runs):
             start = time.perf_counter()
-            make(given, steps=steps, sampler=sampler, seed=i + 1)
+            clip = make(given, steps=way.steps, sampler=way.sampler, seed=i + 1)
             if i >= 0:
                 samples.append(round(time.perf_counter() - start, 5))
-        how = name if name == EAGER else f"{engine.name} {engine.precision}, {sampler}"
-        yield row | {"how": how, "seconds": float(np.median(samples)), "clip_s": samples}
+        by = way.engine if way.engine == EAGER else f"{engine.name} {engine.precision}"
+        row["how"] = f"{by}, {clip.provenance['sampler']}"
+        yield row | {"seconds": float(np.median(samples)), "clip_s": samples}
+
+
+def _parameters(bundle: Bundle) -> int:
+    """What the graphs hold of the checkpoint, each tensor once."""
+    content = json.loads(bundle.read(bundle.manifest.files["weights_map"]))
+    held = (entry for graph in content["graphs"].values() for entry in graph.values())
+    return sum({entry["tensor"]: math.prod(entry["shape"]) for entry in held}.values())
 
 
 def _flop(graphs: dict[str, int], steps: int, plain: bool) -> int:

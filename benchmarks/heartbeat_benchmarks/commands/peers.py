@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heartbeat_benchmarks import results
 from heartbeat_benchmarks.commands import options
+
+if TYPE_CHECKING:
+    from heartbeat_benchmarks.peers import Way
 
 HELP = "other systems beside ours: operations, seconds, frames, resolution, conditions"
 
@@ -18,9 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ours",
         type=options.words,
-        default="auto:20,auto:4",
+        default="auto:20,auto:4@tiny-fast",
         metavar="ENGINE:STEPS,…",
-        help="our rows; ENGINE:SAMPLER:STEPS for another sampler (default: %(default)s)",
+        help="our rows; ENGINE:SAMPLER:STEPS for another sampler, @BUNDLE behind it for another "
+        "bundle (default: %(default)s)",
     )
     parser.add_argument("--only", default="", metavar="NAME", help="peers named so")
     parser.add_argument("--heavy", action="store_true", help="time AnimateDiff and base too")
@@ -50,11 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def way(text: str) -> tuple[str, str, int]:
-    """ "openvino:bf16:few_step:4" to (engine, sampler, steps); the sampler may be left out."""
-    *engine, steps = text.split(":")
-    sampler = engine.pop() if len(engine) > 1 and engine[-1] in SAMPLERS else "dpmpp_2m"
-    return ":".join(engine), sampler, int(steps)
+def way(text: str) -> "Way":
+    """ "openvino:bf16:few_step:4@tiny-fast" to a row; sampler and bundle may be left out."""
+    from heartbeat_benchmarks.peers import Way
+
+    asked, _, bundle = text.partition("@")
+    *engine, steps = asked.split(":")
+    sampler = engine.pop() if len(engine) > 1 and engine[-1] in SAMPLERS else None
+    return Way(":".join(engine), int(steps), sampler, bundle or None)
 
 
 SAMPLERS = ("dpmpp_2m", "unipc", "ddim", "euler", "few_step")
