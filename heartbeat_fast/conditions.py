@@ -18,6 +18,7 @@ LATENT = SIZE // 8
 TOKENS = 77
 NUM_LABELS = 4  # 0 background, 1 LV cavity, 2 myocardium, 3 left atrium
 NAMES = ("text", "ef", "image", "sketch", "mask", "skeleton", "flow")
+LOCAL = NAMES[3:]  # those that speak of pixels
 MAX_CHARACTERS = 2000  # 77 tokens are far less; a bound before any work is done on the text
 
 Float = NDArray[np.float32]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from heartbeat_fast import __version__
 from heartbeat_fast.bundle import Bundle
 from heartbeat_fast.clip import Clip, to_grey
-from heartbeat_fast.conditions import Conditions
+from heartbeat_fast.conditions import LOCAL, Conditions
 from heartbeat_fast.engines.base import Arrays, Engine, Looping, Resident, open_engine
 from heartbeat_fast.errors import ConditionError, EngineError
 from heartbeat_fast.reload import Follow
@@ -25,7 +25,6 @@ from heartbeat_fast.stopwatch import Stopwatch as Stopwatch
 from heartbeat_fast.text import Tokenizer
 
 STAGES = ("text", "image", "local", "context", "time", "denoise", "decode", "texture")
-LOCAL = ("sketch", "mask", "skeleton", "flow")
 # Scale of the initial noise. Likeness to the source (SSIM over its ceiling, 8 phantoms) was
 # 0.949 at 1, 0.956 at 0.85, 0.961 at 0.7; anatomy from text alone also came out cleaner below 1.
 TEMPERATURE = 0.8

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heartbeat_fast.carry import resume
-from heartbeat_fast.conditions import Conditions
+from heartbeat_fast.conditions import LOCAL, Conditions
 from heartbeat_fast.engines.base import Arrays
 from heartbeat_fast.generator import (
-    LOCAL,
     TEMPERATURE,
     Encoded,
     Float,

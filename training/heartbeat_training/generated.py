@@ -20,10 +20,12 @@ from heartbeat_fast.generator import TEMPERATURE
 from heartbeat_fast.models.embeddings import fingerprint
 from heartbeat_fast.models.heartbeat import HeartBeat
 from heartbeat_training.ddim import encoded, mixed_noise
-from heartbeat_training.stage_diffusion import DiffusionStage
+from heartbeat_training.stage_diffusion import IS_LOCAL, DiffusionStage
 
 FEWER = 0.25  # share of clips made from a random subset of their conditions
-FEWER_FROM = 600  # from this clip on every one is: one step from text alone was a smear without
+# From this clip on every one is, every other without local ones: one step from text alone was a
+# smear without.
+FEWER_FROM = 600
 STEPS = 10  # of DPM-Solver++ 2M
 
 
@@ -53,7 +55,10 @@ def given(clip: int) -> NDArray[np.float32]:
     """Which conditions (1, 7) a clip's latents are made from."""
     rng = np.random.Generator(np.random.PCG64([0x6E4, clip]))
     keep = 0.5 if clip >= FEWER_FROM or rng.random() < FEWER else 1.0
-    return (rng.random((1, len(NAMES))) < keep).astype(np.float32)
+    kept = rng.random((1, len(NAMES))) < keep
+    if clip >= FEWER_FROM and clip % 2:
+        kept[:, IS_LOCAL] = False
+    return kept.astype(np.float32)
 
 
 def start(model: HeartBeat, clip: int, shape: tuple[int, ...]) -> Tensor:

@@ -126,8 +126,8 @@ class PaperStage(DiffusionStage):
 
     def chance(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """Which conditions are present (B,7), at the recipe's rates."""
-        published = self.recipe.published
-        return drop(self.batch, rng, False, published.drop, published.drop_all)
+        p = self.recipe.published
+        return drop(self.batch, rng, False, p.drop, p.drop_all, p.drop_local)
 
     def picks(
         self, step: int, rng: np.random.Generator | None = None

@@ -101,6 +101,7 @@ class Published:
     conditions: str = ALL  # what may be present in training
     drop: float = 0.1  # each condition's chance to be left out
     drop_all: float = 0.1  # that of all together
+    drop_local: float = 0.3  # that of sketch, mask, valve and flow together
     train_cross_attention: bool = False  # stage 2: the paper's text says no, its figure yes
     most: int = 0  # examples at most, 0: all
 
@@ -108,7 +109,7 @@ class Published:
 PAPER = {
     "stage1": Published(batch=64, conditions=ALL.replace(" flow", "")),
     "stage2": Published(batch=16),
-    "cmr": Published(batch=16, conditions="mask", drop_all=0.0, most=50),
+    "cmr": Published(batch=16, conditions="mask", drop_all=0.0, drop_local=0.0, most=50),
 }
 
 
