@@ -156,6 +156,7 @@ def test_stages_train_what_the_paper_trains(pretrained: bool) -> None:
     assert all("_temporal." in n or n.startswith("flow.") for n in two_frozen)
     assert {n for n in two if n not in two_frozen} == {n for n in one if ".attn2." in n}
     assert not set(one) & set(two_frozen)
+    assert set(stage_parameters(model, 2, thaw=True)) == set(one) | set(two_frozen)
 
     train_only(model, two_frozen)
     model.train()

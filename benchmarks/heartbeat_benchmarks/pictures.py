@@ -65,7 +65,7 @@ def draw(
         beside(folder / "beside.gif", pair, full),
         m_modes(folder / "mmode.png", pair, source, full),
         save_preview(folder / "conditions.gif", given, full),
-        sheet(folder / "ladder.png", stills, full),
+        sheet(folder / "ladder.png", stills, full, per_row=3),
         sheet(folder / "phantoms.png", phantoms(manifest.frames, manifest.size), full),
     ]
     if fast is not None:
@@ -125,9 +125,9 @@ def m_modes(path: Path, clips: dict[str, Frames], where: Record, made: Clip) -> 
     return save_images(path, [_row(strips)], made.fps, made.note(), mark=False)
 
 
-def sheet(path: Path, stills: dict[str, NDArray[np.uint8]], made: Clip) -> Path:
-    """One frame of each condition set in a row."""
-    row = _row({name: Image.fromarray(still) for name, still in stills.items()}, per_row=4)
+def sheet(path: Path, stills: dict[str, NDArray[np.uint8]], made: Clip, per_row: int = 4) -> Path:
+    """Single frames under their names, so many in a row."""
+    row = _row({name: Image.fromarray(still) for name, still in stills.items()}, per_row)
     return save_images(path, [row], made.fps, made.note(), mark=False)
 
 

@@ -13,6 +13,7 @@ from heartbeat_benchmarks.fingerprint import fingerprint
 from heartbeat_fast.generator import Generator
 from heartbeat_training.evaluate import (
     ALL,
+    FRAME,
     HELD_OUT,
     LADDER,
     SETS,
@@ -120,16 +121,17 @@ def ladder_markdown(result: dict[str, Any]) -> str:
     """The paper's table: one condition more in each row. Last rows: ceiling and floor."""
     names = {"twin": "*the same heart, other speckle*", ALL: "all, with EF"}
     rows = []
-    for name in (*LADDER, ALL, "twin"):
+    for name in (*LADDER, FRAME, ALL, "twin"):
         if name in result["summary"]:
             s = result["summary"][name]
             cells = (
                 results.number(s["ssim"]),
                 results.number(s["dice"]),
+                results.number(s["ef_r"], 2),
                 results.number(s["flow_error"], 2),
             )
             rows.append([names.get(name, name), *cells])
-    head = ["conditions", "SSIM ↑", "LV Dice ↑", "flow error (pixels) ↓"]
+    head = ["conditions", "SSIM ↑", "LV Dice ↑", "EF, r ↑", "flow error (pixels) ↓"]
     return results.markdown(head, rows) + f"\n\n{_about(result)}"
 
 

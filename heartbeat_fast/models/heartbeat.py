@@ -198,14 +198,14 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def stage_parameters(
-    model: HeartBeat, stage: int, train_cross_attention: bool = True
+    model: HeartBeat, stage: int, train_cross_attention: bool = True, thaw: bool = False
 ) -> dict[str, nn.Parameter]:
     """What a training stage trains, by name.
 
     Stage 1, images: everything but the codec, the temporal layers and the flow encoder; text and
     image encoders only where they do not come pretrained. Stage 2, clips: the temporal layers and
     the flow encoder. The paper's text freezes cross-attention in stage 2 and its figure does not:
-    train_cross_attention decides.
+    train_cross_attention decides. thaw: stage 2 trains what stage 1 did as well.
     """
     temporal = {f"denoiser.{name}" for name in model.denoiser.temporal_parameters()}
     cross = {f"denoiser.{name}" for name in model.denoiser.cross_attention_parameters()}
@@ -214,6 +214,8 @@ def stage_parameters(
     named = dict(model.named_parameters())
     if stage == 1:
         return {k: p for k, p in named.items() if k not in temporal and not k.startswith(frozen)}
+    if thaw:
+        return {k: p for k, p in named.items() if not k.startswith(("codec.", *encoders))}
     chosen = temporal | cross if train_cross_attention else temporal
     return {k: p for k, p in named.items() if k in chosen or k.startswith("flow.")}
 

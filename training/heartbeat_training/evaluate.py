@@ -24,7 +24,8 @@ Judge = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 HELD_OUT = range(900_000, 900_032)  # no training run and no segmenter has seen these hearts
 
-# The paper's ablation, one condition more in each row; then all of ours; then a foreign mask.
+# The paper's ablation, one condition more in each row; then a frame and an EF, which is what other
+# echo generators take; then all of ours; then a foreign mask.
 LADDER = {
     "text": ("text",),
     "+image": ("text", "image"),
@@ -34,7 +35,8 @@ LADDER = {
     "+flow": ("text", "image", "sketch", "mask", "skeleton", "flow"),
 }
 ALL, SWAPPED = "all", "mask swapped"
-SETS = {**LADDER, ALL: NAMES, SWAPPED: NAMES}
+FRAME = "image and EF"
+SETS = {**LADDER, FRAME: ("ef", "image"), ALL: NAMES, SWAPPED: NAMES}
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def run_stage(
             stage=int(stage[-1]),
             batch=recipe.batch,
             train_cross_attention=train_cross_attention,
+            thaw=plan.thaw,
         )
         train(diffusion, recipe, run / stage, console, hardware)
     if join()[0] == 0:

@@ -26,6 +26,7 @@ class Plan:
     student: Recipe  # 1, 2 and 4 steps, after the last stage
     decoder: Recipe  # a smaller one, distilled
     ends: int  # clips whose latents the many-step model makes for both
+    thaw: bool = False  # stage 2 trains the image model on
     first_seed: int = 10_000  # evaluation uses seeds from 900,000, the segmenter from 500,000
 
     def scaled(self, share: float) -> "Plan":

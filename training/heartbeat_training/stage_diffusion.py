@@ -2,9 +2,9 @@
 
 Stage 1 trains the image model on single frames; sketch and image prior come from the clip's first
 frame while mask and valve are the frame's own, as they will be in a clip. Stage 2 freezes it and
-trains what sees time: temporal attention and the flow encoder. The paper trains with every
-condition on; dropping each on its own makes any subset, and guidance, work. Legend: B clips, F
-frames, M = B·F images, C channels, h w latents.
+trains what sees time: temporal attention and the flow encoder; or, thawed, all of the denoiser.
+The paper trains with every condition on; dropping some makes any subset, and guidance, work.
+Legend: B clips, F frames, M = B·F images, C channels, h w latents.
 """
 
 from pathlib import Path
@@ -71,14 +71,16 @@ class DiffusionStage:
         stage: int,
         batch: int,
         train_cross_attention: bool = False,
+        thaw: bool = False,
         embeddings: EmbeddingCache | None = None,
     ) -> None:
-        """embeddings: of the image prior, from disk; None where the model's own encoder runs."""
+        """thaw: stage 2 trains the image model on. embeddings: of the image prior, from disk; None
+        where the model's own encoder runs."""
         self.name, self.embeddings = f"stage{stage}", embeddings
         self.model, self.cache, self.latents = model, cache, latents
         self.stage, self.batch = stage, batch
         self.images_per_row = 1 if stage == 1 else cache.frames.shape[1]
-        self._learned = stage_parameters(model, stage, train_cross_attention)
+        self._learned = stage_parameters(model, stage, train_cross_attention, thaw)
         train_only(model, self._learned)
         model.train()
         self._alphas = alphas_cumprod(model)
