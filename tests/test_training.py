@@ -2,6 +2,8 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from heartbeat_fast.conditions import NAMES
+from heartbeat_fast.models.config import NANO
 from heartbeat_training import checkpoints
 from heartbeat_training.loop import Recipe, schedule, train
-from heartbeat_training.stage_diffusion import drop
+from heartbeat_training.stage_diffusion import DiffusionStage, drop
 
 RECIPE = Recipe(steps=12, batch=4, lr=0.05, warmup=2, bf16=False, picture_every=100)
 
@@ -121,6 +124,22 @@ def test_conditions_drop_on_their_own_and_together() -> None:
     assert image_alone.mean() == pytest.approx(0.9**2 * 0.3, abs=0.02)
     images = drop(100, np.random.Generator(np.random.PCG64(0)), images=True)
     assert not images[:, NAMES.index("flow")].any()
+
+
+def test_clips_without_local_conditions_come_early_in_sampling() -> None:
+    class Stage(DiffusionStage):
+        def __init__(self, stage: int) -> None:
+            model: Any = SimpleNamespace(config=NANO)
+            self.stage, self.batch, self.model = stage, 20_000, model
+
+    torch.manual_seed(0)
+    present = np.ones((20_000, len(NAMES)), np.float32)
+    present[::2, 3:] = 0
+    late = (Stage(2).times(present) >= 0.8 * NANO.steps).float()
+    assert late[1::2].mean() == pytest.approx(0.2, abs=0.02)  # uniform
+    assert late[::2].mean() == pytest.approx(0.6 + 0.4 * 0.2, abs=0.02)
+    images = (Stage(1).times(present) >= 0.8 * NANO.steps).float()
+    assert images.mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_nano_goes_from_phantoms_to_a_clip(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The recipes of the presets' stages: how much data, how many steps, how fast.
 
 `tiny` is close to what the shipped bundle was trained with on two CPU cores (its manifest says how
-it was really run, under provenance.as_run); `nano` is for tests. `base` counts in epochs, as its
-paper does: PAPER holds what is published, and `recipe` makes steps of it once the data are known.
+it was really run, under provenance.as_run; without `thaw`, or rows without local conditions);
+`nano` is for tests. `base` counts in epochs, as its paper does: PAPER holds what is published, and
+`recipe` makes steps of it once the data are known.
 """
 
 import math
@@ -59,6 +60,7 @@ PLANS = {
         student=Recipe(steps=2000, batch=3, lr=3e-4, warmup=50, ema=0.99),
         decoder=Recipe(steps=3200, batch=8, lr=2e-3, warmup=50, ema=0.99),
         ends=900,
+        thaw=True,
     ),
     # Real patients (real_data.py): `clips` counts the changed copies of each. About an hour on two
     # CPU cores, from the phantom-trained model or from nothing.
@@ -92,7 +94,8 @@ class Published:
     """A stage of HeartBeat (MICCAI 2024): Adam, 1e-4, 500 warm-up steps, cosine, 200 epochs.
 
     Not published, hence ours: the gradient clip, which conditions are dropped how often (the paper
-    drops none: 0), and everything about CMR but "mask only, 50 volumes, from the echo model".
+    drops none: 0), noisier times for clips without local ones, and everything about CMR but "mask
+    only, 50 volumes, from the echo model".
     """
 
     batch: int

@@ -27,6 +27,7 @@ from heartbeat_training.ddim import alphas_cumprod, mixed_noise, sample
 # one by one, sketch, mask and valve are all away in a thousandth of the rows, and what text, EF and
 # image prior say on their own is never learned.
 DROP, DROP_ALL, DROP_LOCAL = 0.1, 0.1, 0.3
+FIRST = 0.6  # chance of a clip without local conditions to be drawn in the noisiest fifth
 IS_LOCAL = np.isin(NAMES, LOCAL)
 
 
@@ -98,7 +99,7 @@ class DiffusionStage:
         """Conditions, clean latents z0 (B, F, C, h, w), times t (B,) and noise like z0."""
         clips, frames = self.picks(step, rng)
         present = self.chance(rng)
-        t = torch.randint(self.model.config.steps, (self.batch,))
+        t = self.times(present)
         shape = (self.batch, self.images_per_row, *self.latents.shape[2:])
         noise = mixed_noise(shape, self.model.config.shared_noise)
         clips, frames = clips[rows], None if frames is None else frames[rows]
@@ -111,6 +112,20 @@ class DiffusionStage:
         batch = self.conditions(clips, frames, present[rows])
         rest = {"z0": torch.from_numpy(z0.astype(np.float32)), "t": t[rows], "noise": noise[rows]}
         return batch | rest
+
+    def times(self, present: NDArray[np.float32]) -> Tensor:
+        """Times t (B,), uniform; but clips without local conditions are often among the noisiest.
+
+        There alone motion must be made up. Later the model reads it off the noisy latents, and a
+        clip that began still, as all do that start from one noise, stays still.
+        """
+        steps = self.model.config.steps
+        t = torch.randint(steps, (self.batch,))
+        if self.stage == 1:
+            return t
+        first = torch.rand(self.batch) < FIRST
+        alone = torch.from_numpy(~present[:, IS_LOCAL].any(1))
+        return torch.where(first & alone, torch.randint(steps * 4 // 5, steps, (self.batch,)), t)
 
     def picks(
         self, step: int, rng: np.random.Generator
