@@ -94,6 +94,7 @@ def test_base_becomes_a_fast_bundle(
     data = camus if patients else None
     student = run_fast_stage("student", run, data, SHORT)
     assert student.config.few_steps == (1, 2, 4)
+    assert (teacher.config.prediction, student.config.prediction) == ("epsilon", "v_prediction")
     changed = moved(teacher.state_dict(), student)
     assert changed
     assert {k.split(".")[0] for k in changed} == {"denoiser"}
@@ -117,6 +118,7 @@ def test_base_becomes_a_fast_bundle(
     clip = generator(beating_ring(4, 64), steps=1)
     assert clip.frames.shape == (4, 64, 64)
     assert clip.provenance["sampler"] == "few_step"
+    assert generator.bundle.manifest.prediction == "v_prediction"
 
 
 def test_the_student_comes_closer_to_the_ends(nano_tokenizer: Tokenizer, tmp_path: Path) -> None:
