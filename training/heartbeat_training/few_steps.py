@@ -48,8 +48,8 @@ class Fewer:
     phantoms: int = 1000
 
 
-# Of `base`. Never run at that size: lengths are taken over from `tiny` and made cautious; the rate is
-# 0.6 of the teacher's as there, for the student has v to learn first.
+# Of `base`. Never run at that size: lengths are taken over from `tiny` and made cautious; the rate
+# is 0.6 of the teacher's as there, for the student has v to learn first.
 BASE = Fewer(
     student=Recipe(steps=8000, batch=16, lr=6e-5, warmup=500),
     decoder=Recipe(steps=20_000, batch=16, lr=5e-4, warmup=500),
