@@ -139,7 +139,13 @@ def narrow() -> HeartBeat:
 def small_recipe(stage: str, steps: int, cross: bool = False) -> PaperRecipe:
     """The published recipe with a batch of two and no warm-up."""
     published = replace(
-        PAPER[stage], batch=2, warmup=0, drop=0.0, drop_all=0.0, train_cross_attention=cross
+        PAPER[stage],
+        batch=2,
+        warmup=0,
+        drop=0.0,
+        drop_all=0.0,
+        drop_local=0.0,
+        train_cross_attention=cross,
     )
     recipe = paper_recipe(published, 16 if stage == "stage1" else 4)
     return replace(recipe, steps=steps, bf16=False)
@@ -242,10 +248,11 @@ def test_dropping_is_a_switch(data: tuple[ClipCache, Path], nano_tokenizer: Toke
         rows = [chosen.draw(i, np.random.default_rng(i), slice(0, 2))["present"] for i in range(40)]
         return torch.cat(rows)
 
-    paper = replace(PAPER["stage2"], batch=2, drop=0.0, drop_all=0.0)
+    paper = replace(PAPER["stage2"], batch=2, drop=0.0, drop_all=0.0, drop_local=0.0)
     assert present("stage2", paper).min() == 1
     ours = present("stage2", replace(PAPER["stage2"], batch=2)).mean(0)
-    assert ((ours > 0.65) & (ours < 0.95)).all()
+    assert ((ours[:3] > 0.65) & (ours[:3] < 0.95)).all()
+    assert ((ours[3:] > 0.4) & (ours[3:] < 0.75)).all()  # text, EF and image learn to do without
     mask = present("cmr", replace(PAPER["cmr"], batch=2)).mean(0)
     assert 0.7 < mask[NAMES.index("mask")] < 1
     assert mask.sum() == mask[NAMES.index("mask")]
