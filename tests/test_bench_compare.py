@@ -239,3 +239,22 @@ def test_words_on_the_command_line() -> None:
     assert way("openvino:bf16:ddim:4") == peers.Way("openvino:bf16", 4, "ddim")
     assert way("auto:20") == peers.Way("auto", 20)
     assert way("auto:4@tiny-fast") == peers.Way("auto", 4, bundle="tiny-fast")
+    for wrong in ("auto", "auto:many", ":", "@tiny"):
+        with pytest.raises(HeartBeatError, match="wanted ENGINE:STEPS"):
+            way(wrong)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (peers.Way("auto", 4, bundle="nothing"), "bundle nothing"),
+        (peers.Way("auto", 3, bundle="tiny-fast"), "steps"),
+        (peers.Way("auto", 4, "few_step"), "few_step"),
+    ],
+)
+def test_a_wrong_row_is_refused_before_the_work(
+    nano_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, row: peers.Way, said: str
+) -> None:
+    monkeypatch.setattr(peers.probe, "measure", lambda sides: pytest.fail("work began"))
+    with pytest.raises(HeartBeatError, match=said):
+        peers.run(peers.Plan(bundle=str(nano_bundle.path), engines=(row,)))

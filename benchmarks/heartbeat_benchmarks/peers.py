@@ -34,6 +34,7 @@ from heartbeat_fast.generator import Generator
 from heartbeat_fast.models.config import BASE, HeartBeatConfig
 from heartbeat_fast.models.denoiser import Denoiser
 from heartbeat_fast.models.heartbeat import HeartBeat
+from heartbeat_fast.sampler import choose
 from heartbeat_training.phantom import record
 
 SEED = 970_000
@@ -72,6 +73,8 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises: BundleError, SamplerError, CheckpointError as the generator and the model do.
     """
     bundle = Bundle.open(plan.bundle)
+    for way in (Way(EAGER, plan.eager_steps), *plan.engines):  # before minutes of work, not after
+        choose(_bundle(way, bundle).samplers(), way.sampler, way.steps)
     peaks, watch = [probe.measure(plan.probe_sides)], validity.Watch()
     chosen = [peer for peer in (*PEERS, base()) if plan.only.lower() in peer.name.lower()]
     if not chosen:
@@ -149,7 +152,7 @@ def timed(
 def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
     """The bundle's own model: plain pass in eager torch, then each engine that runs here."""
     for way in (Way(EAGER, plan.eager_steps), *plan.engines):
-        chosen = Bundle.open(way.bundle) if way.bundle else bundle
+        chosen = _bundle(way, bundle)
         manifest, graphs = chosen.manifest, flops.bundle_flop(chosen)
         given = record(SEED, frames=manifest.frames, size=manifest.size).conditions(NAMES)
         row: dict[str, Any] = {
@@ -182,6 +185,10 @@ def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
         by = way.engine if way.engine == EAGER else f"{engine.name} {engine.precision}"
         row["how"] = f"{by}, {clip.provenance['sampler']}"
         yield row | {"seconds": float(np.median(samples)), "clip_s": samples}
+
+
+def _bundle(way: Way, given: Bundle) -> Bundle:
+    return Bundle.open(way.bundle) if way.bundle else given
 
 
 def _parameters(bundle: Bundle) -> int:

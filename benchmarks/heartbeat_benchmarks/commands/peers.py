@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from heartbeat_benchmarks import results
 from heartbeat_benchmarks.commands import options
+from heartbeat_fast.errors import HeartBeatError
 
 if TYPE_CHECKING:
     from heartbeat_benchmarks.peers import Way
@@ -55,11 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def way(text: str) -> "Way":
-    """ "openvino:bf16:few_step:4@tiny-fast" to a row; sampler and bundle may be left out."""
+    """ "openvino:bf16:few_step:4@tiny-fast" to a row; sampler and bundle may be left out.
+
+    Raises: HeartBeatError: it has no engine, or no number of steps.
+    """
     from heartbeat_benchmarks.peers import Way
 
     asked, _, bundle = text.partition("@")
     *engine, steps = asked.split(":")
+    if not engine or not steps.isdecimal():
+        raise HeartBeatError(f"--ours {text!r} came; wanted ENGINE:STEPS, as auto:4@tiny-fast")
     sampler = engine.pop() if len(engine) > 1 and engine[-1] in SAMPLERS else None
     return Way(":".join(engine), int(steps), sampler, bundle or None)
 
