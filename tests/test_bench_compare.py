@@ -258,3 +258,5 @@ def test_a_wrong_row_is_refused_before_the_work(
     monkeypatch.setattr(peers.probe, "measure", lambda sides: pytest.fail("work began"))
     with pytest.raises(HeartBeatError, match=said):
         peers.run(peers.Plan(bundle=str(nano_bundle.path), engines=(row,)))
+    with pytest.raises(HeartBeatError, match="behind @"):
+        peers.run(peers.Plan(bundle="tiny-fast", engines=()))

@@ -72,9 +72,8 @@ def run(plan: Plan) -> dict[str, Any]:
 
     Raises: BundleError, SamplerError, CheckpointError as the generator and the model do.
     """
-    bundle = Bundle.open(plan.bundle)
-    for way in (Way(EAGER, plan.eager_steps), *plan.engines):  # before minutes of work, not after
-        choose(_bundle(way, bundle).samplers(), way.sampler, way.steps)
+    bundles = _opened(plan)  # what is wrong with a row is said before minutes of work
+    bundle = bundles[None]
     peaks, watch = [probe.measure(plan.probe_sides)], validity.Watch()
     chosen = [peer for peer in (*PEERS, base()) if plan.only.lower() in peer.name.lower()]
     if not chosen:
@@ -82,7 +81,7 @@ def run(plan: Plan) -> dict[str, Any]:
     rows = []
     with Progress(transient=True) as progress:
         task = progress.add_task("systems", total=len(chosen) + len(plan.engines) + 1)
-        for row in (*_ours(plan, bundle), *(measured(peer, plan) for peer in chosen)):
+        for row in (*_ours(plan, bundles), *(measured(peer, plan) for peer in chosen)):
             rows.append(row)
             progress.advance(task)
     used = watch.read()
@@ -149,11 +148,30 @@ def timed(
     return samples
 
 
-def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
+def _opened(plan: Plan) -> dict[str | None, Bundle]:
+    """The plan's bundle (None) and those that rows name; each has its rows' steps.
+
+    Raises: BundleError, SamplerError, HeartBeatError: it has not.
+    """
+    bundles: dict[str | None, Bundle] = {None: Bundle.open(plan.bundle)}
+    for way in plan.engines:
+        if way.bundle not in bundles:
+            bundles[way.bundle] = Bundle.open(way.bundle)
+        choose(bundles[way.bundle].samplers(), way.sampler, way.steps)
+    if plan.eager_steps not in {steps for _, steps in bundles[None].samplers()}:
+        raise HeartBeatError(
+            f"bundle {bundles[None].manifest.name}: the plain pass takes {plan.eager_steps} steps, "
+            "which it has no table for: name a distilled bundle behind @ in --ours"
+        )
+    return bundles
+
+
+def _ours(plan: Plan, bundles: dict[str | None, Bundle]) -> Iterator[dict[str, Any]]:
     """The bundle's own model: plain pass in eager torch, then each engine that runs here."""
+    counts = {name: flops.bundle_flop(bundle) for name, bundle in bundles.items()}
     for way in (Way(EAGER, plan.eager_steps), *plan.engines):
-        chosen = _bundle(way, bundle)
-        manifest, graphs = chosen.manifest, flops.bundle_flop(chosen)
+        chosen, graphs = bundles[way.bundle], counts[way.bundle]
+        manifest = chosen.manifest
         given = record(SEED, frames=manifest.frames, size=manifest.size).conditions(NAMES)
         row: dict[str, Any] = {
             "name": f"HeartBeat {manifest.name} (ours)",
@@ -168,7 +186,7 @@ def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
         }
         try:
             engine = (
-                PlainEngine(HeartBeat.from_pretrained(plan.model), bundle)
+                PlainEngine(HeartBeat.from_pretrained(plan.model), chosen)
                 if way.engine == EAGER
                 else open_engine(way.engine, chosen)
             )
@@ -185,10 +203,6 @@ def _ours(plan: Plan, bundle: Bundle) -> Iterator[dict[str, Any]]:
         by = way.engine if way.engine == EAGER else f"{engine.name} {engine.precision}"
         row["how"] = f"{by}, {clip.provenance['sampler']}"
         yield row | {"seconds": float(np.median(samples)), "clip_s": samples}
-
-
-def _bundle(way: Way, given: Bundle) -> Bundle:
-    return Bundle.open(way.bundle) if way.bundle else given
 
 
 def _parameters(bundle: Bundle) -> int:
